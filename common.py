@@ -1,0 +1,228 @@
+"""Tokenization and log-probabilities: the two things that the three scripts import.
+
+Shapes: B sequences, L their padded length, T response tokens of the longest, N response tokens in all,
+H the hidden size, V the vocabulary. Log-probabilities are in nats.
+"""
+
+import functools
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Bytes of float32 logits that exist at once. On a CPU a chunk should fit the cache, on a GPU it should
+# fill the multiprocessors; the result does not depend on it.
+CHUNK_BYTES = {"cpu": 2**25, "cuda": 2**28}
+
+
+class BadInput(ValueError):
+    """An input that cannot be used: the message is one line that says where, what, and how to mend it."""
+
+
+class Example(NamedTuple):
+    """A tokenized prompt and response: ids[:prompt_len] is read, ids[prompt_len:] is trained."""
+
+    ids: list[int]
+    prompt_len: int
+
+
+# ---------------------------------------------------------------------------------------------------
+# Tokenization: a response is the tokens that generation would have produced after the prompt
+# ---------------------------------------------------------------------------------------------------
+
+
+def render(tokenizer, messages: list[dict], **options) -> str:
+    """The chat template's text. Raises BadInput where there is no template or it refuses the messages."""
+    if not tokenizer.chat_template:
+        raise BadInput("messages, but the tokenizer has no chat template; use strings or a chat model")
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    except Exception as error:  # a template is its author's program and may raise anything
+        raise BadInput(f"the chat template refuses these messages: {error}") from error
+
+
+def tokenize(tokenizer, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False)["input_ids"]  # templates write their own specials
+
+
+def prompt_text(tokenizer, prompt: str | list[dict], raw: bool = False) -> tuple[str, list[dict] | None]:
+    """A prompt as text, and as messages where the chat template is used: not for raw strings."""
+    if isinstance(prompt, str) and (raw or not tokenizer.chat_template):
+        adds_bos = tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+        twice = adds_bos and prompt.startswith(tokenizer.bos_token)
+        return (tokenizer.bos_token if adds_bos and not twice else "") + prompt, None
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    return render(tokenizer, messages, add_generation_prompt=True), messages
+
+
+def encode_prompt(tokenizer, prompt: str | list[dict], raw: bool = False) -> list[int]:
+    """Token ids of a prompt, ready for generation.
+
+    prompt: a string (wrapped as a user message where there is a chat template, unless raw) or messages.
+    Raises BadInput for messages without a template or that the template refuses.
+    """
+    return tokenize(tokenizer, prompt_text(tokenizer, prompt, raw)[0])
+
+
+@functools.lru_cache(maxsize=8)
+def _end_of_turn(tokenizer, template: str) -> tuple[str, list[int]]:
+    answer = "An answer."
+    dialogue = [{"role": "user", "content": "A question?"}, {"role": "assistant", "content": answer}]
+    text = render(tokenizer, dialogue)
+    if answer not in text:
+        raise BadInput("the chat template leaves out an assistant message that is a string; "
+                       "it needs a text template")  # fmt: skip
+    tail = text.rpartition(answer)[2]
+    end, special = [], set(tokenizer.all_special_ids)
+    special |= {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    for token in tokenize(tokenizer, tail):
+        if token not in special:  # Qwen and Gemma put "\n" here, which sampling never produces
+            break
+        end.append(token)
+    return tail, end
+
+
+def end_of_turn(tokenizer, raw: bool = False) -> tuple[str, list[int]]:
+    """What the chat template puts after an answer: the text, and the tokens that end a response.
+
+    The tokens are the leading run of special tokens (two in Cohere 2), else the tokenizer's EOS.
+    """
+    tail, end = "", []
+    if tokenizer.chat_template and not raw:
+        tail, end = _end_of_turn(tokenizer, str(tokenizer.chat_template))
+    if not end and tokenizer.eos_token_id is None:
+        raise BadInput("the tokenizer has no EOS token, so no response could end; set its eos_token")
+    return tail, end or [tokenizer.eos_token_id]
+
+
+def encode(
+    tokenizer, prompt: str | list[dict], response: str | list[dict], max_length: int, raw: bool = False
+) -> Example | None:
+    """Token ids of a prompt and a response, at most max_length; None if the prompt leaves no room.
+
+    response: a string or a list of one assistant message. It becomes what the template puts after the
+    prompt up to its end of turn; where the whole does not start with the prompt's rendering (reasoning
+    templates), the tokens of the text, then the end of turn. A response cut at max_length has no end.
+    """
+    text = response if isinstance(response, str) else response[0]["content"]
+    before, messages = prompt_text(tokenizer, prompt, raw)
+    tail, end = end_of_turn(tokenizer, raw=messages is None)
+    if messages is not None:
+        whole = render(tokenizer, messages + [{"role": "assistant", "content": text}])
+        if whole.startswith(before) and whole.endswith(tail):
+            text = whole[len(before) : len(whole) - len(tail)]
+    prompt_ids, ids = tokenize(tokenizer, before), tokenize(tokenizer, before + text)
+    if ids[: len(prompt_ids)] == prompt_ids:
+        ids = ids[len(prompt_ids) :]
+    else:  # a token straddles the boundary; generation starts after the prompt's own tokens
+        ids = tokenize(tokenizer, text)
+    stops = {tokenizer.eos_token_id, *end}
+    ids = ids[: next((i for i, token in enumerate(ids) if token in stops), len(ids))] + end
+    if not 0 < len(prompt_ids) < max_length:
+        return None
+    return Example((prompt_ids + ids)[:max_length], len(prompt_ids))
+
+
+# ---------------------------------------------------------------------------------------------------
+# Log-probabilities of response tokens, without ever holding tokens × vocabulary
+# ---------------------------------------------------------------------------------------------------
+
+
+class _TokenLogps(torch.autograd.Function):
+    """log softmax(head(hidden))[target] in chunks; backward recomputes a chunk's logits from the kept
+    log-sum-exp instead of keeping them. Matrix products run in the compute dtype (bf16 under autocast),
+    the log-softmax and its gradient in float32."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, target, scale, cap, temperature):
+        kind = hidden.device.type
+        autocast = torch.is_autocast_enabled(kind)
+        ctx.dtype = torch.get_autocast_dtype(kind) if autocast else weight.dtype
+        ctx.constants = scale, cap, temperature
+        ctx.rows = max(1, CHUNK_BYTES.get(kind, 2**26) // (4 * weight.shape[0]))
+        w, b = weight.to(ctx.dtype), None if bias is None else bias.to(ctx.dtype)
+        logp, lse = [], []
+        for h, y in zip(hidden.split(ctx.rows), target.split(ctx.rows)):
+            logits = _logits(h.to(ctx.dtype), w, b, scale, cap, temperature)  # (rows, V)
+            lse.append(torch.logsumexp(logits, -1))
+            logp.append(logits.gather(-1, y[:, None]).squeeze(-1) - lse[-1])
+        ctx.save_for_backward(hidden, weight, bias, target, torch.cat(lse))
+        return torch.cat(logp)  # (N,) float32
+
+    @staticmethod
+    def backward(ctx, grad):
+        hidden, weight, bias, target, lse = ctx.saved_tensors
+        scale, cap, temperature = ctx.constants
+        w, b = weight.to(ctx.dtype), None if bias is None else bias.to(ctx.dtype)
+        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
+        grad_bias = None if bias is None else torch.zeros_like(bias)
+        for i in range(0, len(target), ctx.rows):
+            part = slice(i, i + ctx.rows)
+            h, g = hidden[part].to(ctx.dtype), grad[part, None]
+            logits = _logits(h, w, b, scale, cap, temperature)
+            slope = scale / temperature
+            if cap:
+                slope = slope * (1 - (logits * (temperature / cap)) ** 2)
+            # d logp / d logits = onehot(target) − softmax(logits)
+            d = logits.sub_(lse[part, None]).exp_().mul_(-g)
+            d.scatter_add_(-1, target[part, None], g)
+            d = d.mul_(slope).to(ctx.dtype)
+            grad_hidden[part] = d @ w
+            grad_weight += d.T @ h
+            if bias is not None:
+                grad_bias += d.sum(0)
+        return grad_hidden, grad_weight, grad_bias, None, None, None, None
+
+
+def _logits(hidden, weight, bias, scale, cap, temperature):
+    """(N, H) -> (N, V) float32: the head, then Cohere's and Granite's scale, Gemma's soft cap."""
+    logits = F.linear(hidden, weight, bias).float()
+    if scale != 1:
+        logits *= scale
+    if cap:
+        logits = cap * torch.tanh(logits / cap)
+    return logits / temperature if temperature != 1 else logits
+
+
+def response_logps(model, examples: list[Example], temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Log-probability of every response token, in nats.
+
+    Returns logp (B, T) float32, 0 on padding, and mask (B, T) bool, true on response tokens (from
+    lengths), both on the model's device; t = 0 is the first response token.
+    Rows are padded on the right and no attention mask is needed: a causal model never looks there.
+    """
+    config, head, device = model.config.get_text_config(), model.get_output_embeddings(), model.device
+    width = max(len(e.ids) for e in examples)
+    ids = torch.tensor([e.ids + [0] * (width - len(e.ids)) for e in examples])  # (B, L)
+    starts = torch.tensor([e.prompt_len for e in examples])
+    lengths = torch.tensor([len(e.ids) for e in examples]) - starts
+    mask = torch.arange(int(lengths.max())) < lengths[:, None]  # (B, T)
+    row, t = mask.nonzero(as_tuple=True)  # (N,): indices are made on the CPU, so that a GPU never waits
+    target = ids[row, starts[row] + t].to(device, non_blocking=True)
+    # The one shift: token i is predicted from the hidden state at i − 1, so the last input is not needed.
+    position = (row * (width - 1) + starts[row] + t - 1).to(device, non_blocking=True)
+    hidden = model.base_model(ids[:, :-1].to(device), use_cache=False).last_hidden_state  # (B, L-1, H)
+    hidden = hidden.flatten(0, 1).index_select(0, position)  # (N, H): no head on prompt tokens
+    scale = (getattr(config, "logit_scale", None) or 1) / (getattr(config, "logits_scaling", None) or 1)
+    cap = getattr(config, "final_logit_softcapping", None)
+    flat = _TokenLogps.apply(
+        hidden, head.weight, getattr(head, "bias", None), target, scale, cap, temperature
+    )
+    slot = (row * mask.shape[1] + t).to(device, non_blocking=True)
+    logp = flat.new_zeros(mask.numel()).index_copy(0, slot, flat).view(mask.shape)  # (B, T)
+    return logp, mask.to(device, non_blocking=True)
+
+
+@torch.no_grad()
+def check_model(model, example: Example) -> None:
+    """Refuse by name a model family whose logits response_logps does not rebuild, on a short example."""
+    cut = max(0, example.prompt_len - 32)
+    example = Example(example.ids[cut : example.prompt_len + 32], example.prompt_len - cut)
+    ids = torch.tensor([example.ids], device=model.device)
+    logits = model(ids, use_cache=False).logits[0, example.prompt_len - 1 : -1].float()  # (T, V)
+    truth = logits.log_softmax(-1).gather(-1, ids[0, example.prompt_len :, None]).squeeze(-1)
+    error = (response_logps(model, [example])[0][0] - truth).abs().max().item()
+    if not error < (0.1 if torch.is_autocast_enabled(model.device.type) else 1e-3):
+        raise BadInput(f"--model: {model.config.model_type} computes its logits in a way that common.py "
+                       f"does not rebuild (off by {error:.2g} nats); use another family")  # fmt: skip

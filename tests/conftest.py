@@ -1,0 +1,114 @@
+"""Fixtures that all tests share. No network, no GPU needed, files under pytest's temporary folder."""
+
+import json
+import os
+import random
+import sys
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["OMP_NUM_THREADS"] = "1"  # the models are tiny: a second thread only waits for the first
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
+
+import humanline_dpo  # noqa: E402
+import toy_world  # noqa: E402
+
+SCRIPTS = {"dpo": humanline_dpo}
+SHARED = ROOT.parent / "shared" / "data"
+
+
+@pytest.fixture(params=SCRIPTS)
+def script(request):
+    """Each of the scripts in turn."""
+    return SCRIPTS[request.param]
+
+
+@pytest.fixture(scope="session")
+def policy(tmp_path_factory) -> Path:
+    """A tiny random Llama with the toy world's tokenizer."""
+    folder = tmp_path_factory.mktemp("policy")
+    tokenizer = toy_world.make_tokenizer()
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=256, initializer_range=0.1,
+        pad_token_id=0, bos_token_id=None, eos_token_id=1,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def make_rows(kind: str, count: int, seed: int = 0) -> list[dict]:
+    """Random rows of letters in the format of a script."""
+    rng = random.Random(seed)
+
+    def text():
+        return "".join(rng.choices(toy_world.LETTERS, k=rng.randint(3, 24)))
+
+    prompts = [text()[: rng.randint(3, 9)] + str(i) for i in range(count)]
+    return [{"prompt": p, "chosen": text(), "rejected": text()} for p in prompts]
+
+
+def write_jsonl(path: Path, rows: list) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory) -> dict[str, Path]:
+    """For each script a file of 48 rows."""
+    folder = tmp_path_factory.mktemp("data")
+    return {kind: write_jsonl(folder / f"{kind}.jsonl", make_rows(kind, 48)) for kind in SCRIPTS}
+
+
+@pytest.fixture
+def flags(policy, data, tmp_path):
+    """flags(script, "--lr", 1): the arguments of a short run; the last of a repeated flag counts."""
+
+    def make(script, *more):
+        kind = script.__name__.removeprefix("humanline_")
+        argv = ["--model", policy, "--data", data[kind], "--output_dir", tmp_path / "run", "--max_length", 64]
+        argv += ["--batch_size", 8, "--steps", 4, "--lr", 1e-3, "--warmup", 2, "--eval_size", 4, "--beta", 0.5]
+        return [str(x) for x in [*argv, "--device", "cpu", *more]]
+
+    return make
+
+
+@pytest.fixture
+def run(flags):
+    """run(script, "--lr", 1): the summary of a short run."""
+    return lambda script, *more: script.main(script.parse_args(flags(script, *more)))
+
+
+def metrics_of(folder) -> list[dict]:
+    return [json.loads(line) for line in open(Path(folder) / "metrics.jsonl")]
+
+
+@pytest.fixture
+def spy(monkeypatch):
+    """spy(script) -> list: of every trained micro-batch its examples, log-ratios and mask."""
+
+    def install(script):
+        seen, examples = [], []
+        logps, perceive = script.response_logps, script.perceive
+
+        def response_logps(model, rows, *args, **kwargs):
+            examples[:] = [rows]
+            return logps(model, rows, *args, **kwargs)
+
+        def perceive_and_tell(logratio, mask, *args, **kwargs):
+            seen.append((examples[0], logratio.detach().clone(), mask.clone()))
+            return perceive(logratio, mask, *args, **kwargs)
+
+        monkeypatch.setattr(script, "response_logps", response_logps)
+        monkeypatch.setattr(script, "perceive", perceive_and_tell)
+        return seen
+
+    return install

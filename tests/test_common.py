@@ -1,0 +1,472 @@
+"""common.py: tokenization on every text chat template of TRL, log-probabilities on ten families."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+import common
+from common import BadInput, Example, check_model, encode, encode_prompt, response_logps
+
+# --------------------------------------------------------------------------------------------------
+# Tokenization
+# --------------------------------------------------------------------------------------------------
+
+QUESTION, ANSWER = "What is two plus two?", "It is four,\nof course."
+USER = [{"role": "user", "content": QUESTION}]
+LONG = 10**6  # a max_length that cuts nothing
+
+# What ends a turn, read off the templates by hand; the first key that starts a name counts.
+ENDS = {
+    "cohere2": "<|END_RESPONSE|><|END_OF_TURN_TOKEN|>",
+    "cohere": "<|END_OF_TURN_TOKEN|>",
+    "deepseek": "<｜end▁of▁sentence｜>",
+    "diffusion_gemma": "<turn|>",
+    "gemma4": "<turn|>",
+    "gemma": "<end_of_turn>",
+    "glm4moe_training": "<|user|>",
+    "glm4moe": "<eos>",  # nothing after the answer: the tokenizer's EOS
+    "gptoss": "<|return|>",
+    "lfm2": "<|im_end|>",
+    "llama3": "<|eot_id|>",
+    "muse_glimmer": "<|eot|>",
+    "nemotron": "<|im_end|>",
+    "phi3": "<|end|>",  # not the "\n<eos>" after it
+    "qwen": "<|im_end|>",  # not the "\n" after it
+}
+
+# TRL is only read, for its templates: importing it would take seconds.
+TRL = importlib.util.find_spec("trl")
+FILES = sorted(Path(TRL.origin).parent.glob("chat_templates/*.jinja")) if TRL else []
+TEMPLATES = {path.stem: path.read_text(encoding="utf-8") for path in FILES}
+MULTIMODAL = [name for name in TEMPLATES if name.startswith(("idefics3", "llava_next", "smolvlm"))]
+TEXT = [name for name in TEMPLATES if name not in MULTIMODAL]
+SPECIAL = re.compile(r"<\|\w+\|>|<\|\w+>|<\w+\|>|<｜[^｜\s]+｜>|<\w+_of_\w+>|\[gMASK\]|<sop>")
+
+
+def train_bpe():
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=330, initial_alphabet=alphabet, show_progress=False)
+    # "\n\n" becomes a token, but is two before a word: Llama 3's prompt ends in it
+    bpe.train_from_iterator([QUESTION, ANSWER, "one\n\n", "two\n\n"] * 3, trainer)
+    return bpe
+
+
+BPE = train_bpe()
+
+
+def make_tokenizer(template=None, adds_bos=False, eos="<eos>"):
+    """A fresh tokenizer, with the special tokens that the template's source names."""
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=BPE, bos_token="<bos>", eos_token=eos, chat_template=template
+    )
+    tokenizer.add_tokens(sorted(set(SPECIAL.findall(template or ""))), special_tokens=True)
+    if adds_bos:
+        bos = ("<bos>", tokenizer.bos_token_id)
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single="<bos> $A", special_tokens=[bos]
+        )
+    return tokenizer
+
+
+def texts(tokenizer, example):
+    """Prompt and response, decoded."""
+    prompt, response = example.ids[: example.prompt_len], example.ids[example.prompt_len :]
+    return tokenizer.decode(prompt), tokenizer.decode(response)
+
+
+def test_templates_are_found():
+    """Otherwise the parametrized tests below would be empty, and pass."""
+    if TRL is None:
+        pytest.skip("trl is not installed")
+    assert len(TEXT) >= 66 and len(MULTIMODAL) >= 6
+
+
+@pytest.mark.parametrize("name", TEXT)
+def test_template(name):
+    """A response is what the template puts after the prompt, up to its end of turn."""
+    tokenizer = make_tokenizer(TEMPLATES[name])
+    end = next(ENDS[family] for family in ENDS if name.startswith(family))
+    before = tokenizer.apply_chat_template(USER, tokenize=False, add_generation_prompt=True)
+    whole = USER + [{"role": "assistant", "content": ANSWER}]
+    whole = tokenizer.apply_chat_template(whole, tokenize=False)
+    upto = whole[: whole.rindex(ANSWER) + len(ANSWER)]
+    expected = (upto[len(before) :] if upto.startswith(before) else ANSWER) + end
+
+    example = encode(tokenizer, QUESTION, ANSWER, LONG)
+    assert texts(tokenizer, example) == (before, expected)
+    assert expected.count(ANSWER) == 1
+    assert example.ids[: example.prompt_len] == encode_prompt(tokenizer, QUESTION)
+    n_end = len(tokenizer(end, add_special_tokens=False)["input_ids"])
+    assert n_end == end.count("<")  # each special token is one id, or the test would not see it
+
+    # max_length: all fits, the end does not, one response token does, none does
+    ids, p = example
+    for n in (len(ids), len(ids) - n_end, p + 1):
+        assert encode(tokenizer, QUESTION, ANSWER, n) == (ids[:n], p)
+    assert encode(tokenizer, QUESTION, ANSWER, p) is None
+
+
+@pytest.mark.parametrize("name", MULTIMODAL)
+def test_multimodal_template_is_refused(name):
+    """They drop a string's text, or raise: training on it would train on nothing."""
+    with pytest.raises(BadInput, match="template"):
+        encode(make_tokenizer(TEMPLATES[name]), QUESTION, ANSWER, LONG)
+
+
+TURN, TURN_END = "<|START_OF_TURN_TOKEN|>", "<|END_OF_TURN_TOKEN|>"
+PINNED = {  # the end of the prompt, the response: read off the templates by hand
+    "qwen2_5": ("<|im_start|>assistant\n", "Four.<|im_end|>"),
+    "qwen3": ("<|im_start|>assistant\n", "<think>\n\n</think>\n\nFour.<|im_end|>"),
+    "qwen3_5_think": ("assistant\n<think>\n", "\n</think>\n\nFour.<|im_end|>"),
+    "gemma": ("Two?<end_of_turn>\n<start_of_turn>model\n", "Four.<end_of_turn>"),
+    "llama3": ("<|start_header_id|>assistant<|end_header_id|>\n\n", "Four.<|eot_id|>"),
+    "cohere2": (f"{TURN}<|CHATBOT_TOKEN|><|START_RESPONSE|>", f"Four.<|END_RESPONSE|>{TURN_END}"),
+    "phi3": ("<|user|>\nTwo?<|end|>\n<|assistant|>\n", "Four.<|end|>"),
+    "deepseek_r1_distill": ("<｜Assistant｜><think>\n", "Four.<｜end▁of▁sentence｜>"),
+    "gptoss": ("<|start|>assistant", "<|channel|>final<|message|>Four.<|return|>"),
+    "glm4moe": ("\nTwo?<|assistant|>", "\n<think></think>\nFour.<eos>"),
+}
+
+
+@pytest.mark.skipif(not TEMPLATES, reason="trl is not installed")
+@pytest.mark.parametrize("name", PINNED)
+def test_pinned_template(name):
+    tokenizer = make_tokenizer(TEMPLATES[name])
+    before, response = texts(tokenizer, encode(tokenizer, "Two?", "Four.", LONG))
+    assert before.endswith(PINNED[name][0])
+    assert response == PINNED[name][1]
+
+
+# A small ChatML template of our own, so that what follows needs no TRL
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def test_messages_with_system_and_earlier_turns():
+    prompt = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "One?"},
+        {"role": "assistant", "content": "Two."},
+        {"role": "user", "content": "Two?"},
+    ]
+    tokenizer = make_tokenizer(CHATML)
+    example = encode(tokenizer, prompt, "Four.", LONG)
+    assert texts(tokenizer, example) == (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nOne?<|im_end|>\n"
+        "<|im_start|>assistant\nTwo.<|im_end|>\n<|im_start|>user\nTwo?<|im_end|>\n"
+        "<|im_start|>assistant\n",
+        "Four.<|im_end|>",
+    )
+    assert prompt[-1] == {"role": "user", "content": "Two?"}  # the caller's list is not changed
+
+
+@pytest.mark.parametrize("template", [CHATML, None])
+def test_response_as_message_equals_string(template):
+    tokenizer = make_tokenizer(template)
+    message = [{"role": "assistant", "content": ANSWER}]
+    assert encode(tokenizer, QUESTION, message, LONG) == encode(tokenizer, QUESTION, ANSWER, LONG)
+
+
+def test_string_prompt_is_a_user_message():
+    tokenizer = make_tokenizer(CHATML)
+    assert encode_prompt(tokenizer, QUESTION) == encode_prompt(tokenizer, USER)
+
+
+@pytest.mark.parametrize("template, raw", [(None, False), (None, True), (CHATML, True)])
+@pytest.mark.parametrize("adds_bos", [False, True])
+@pytest.mark.parametrize("prompt", [QUESTION, "<bos>" + QUESTION])
+def test_raw_text(template, raw, adds_bos, prompt):
+    """No template; one BOS where the tokenizer adds one, no second if the text has it; an EOS."""
+    tokenizer = make_tokenizer(template, adds_bos=adds_bos)
+    before = "<bos>" + QUESTION if adds_bos else prompt
+    example = encode(tokenizer, prompt, " Four.", LONG, raw=raw)
+    assert texts(tokenizer, example) == (before, " Four.<eos>")
+    assert encode_prompt(tokenizer, prompt, raw=raw) == example.ids[: example.prompt_len]
+    assert example.ids.count(tokenizer.bos_token_id) == before.count("<bos>")
+
+
+def test_token_across_the_boundary():
+    """Generation starts after the prompt's own tokens, even where the whole merges differently."""
+    tokenizer = make_tokenizer()
+    before = encode_prompt(tokenizer, "two plus tw")
+    assert encode_prompt(tokenizer, "two plus two?")[: len(before)] != before
+    example = encode(tokenizer, "two plus tw", "o?", LONG)
+    assert example.ids[: example.prompt_len] == before
+    assert texts(tokenizer, example) == ("two plus tw", "o?<eos>")
+
+
+TWO_ENDS = CHATML.replace("<|im_end|>", "<|end|><|im_end|>")  # as Cohere 2 has
+CASES = [(CHATML, "<|im_end|>"), (TWO_ENDS, "<|end|><|im_end|>"), (None, "<eos>")]
+
+
+@pytest.mark.parametrize("template, end", CASES)
+@pytest.mark.parametrize("inside", ["{end}", "{end} And more.", "{end}{end}", "<eos> And more."])
+def test_response_is_cut_at_its_first_end(template, end, inside):
+    """Generation would have stopped there: one end, nothing after it."""
+    tokenizer = make_tokenizer(template)
+    example = encode(tokenizer, QUESTION, "Four." + inside.format(end=end), LONG)
+    assert texts(tokenizer, example)[1] == "Four." + end
+
+
+def test_end_of_turn_follows_the_template():
+    """The end of turn is cached per tokenizer; a new template must not get the old one's."""
+    tokenizer = make_tokenizer(CHATML)
+    tokenizer.add_tokens(["<|eot|>"], special_tokens=True)
+    assert texts(tokenizer, encode(tokenizer, "Two?", "Four.", LONG))[1] == "Four.<|im_end|>"
+    tokenizer.chat_template = CHATML.replace("<|im_end|>", "<|eot|>")
+    assert texts(tokenizer, encode(tokenizer, "Two?", "Four.", LONG))[1] == "Four.<|eot|>"
+
+
+def test_messages_without_template_are_refused():
+    with pytest.raises(BadInput, match="no chat template"):
+        encode_prompt(make_tokenizer(), USER)
+    with pytest.raises(BadInput, match="no chat template"):
+        encode(make_tokenizer(), USER, ANSWER, LONG)
+
+
+def test_template_that_raises_is_refused_with_its_reason():
+    template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(BadInput, match="roles must alternate"):
+        encode_prompt(make_tokenizer(template), USER)
+
+
+def test_tokenizer_without_eos_is_refused():
+    """Unless the template ends its turns itself."""
+    with pytest.raises(BadInput, match="EOS"):
+        encode(make_tokenizer(eos=None), QUESTION, ANSWER, LONG)
+    with pytest.raises(BadInput, match="EOS"):
+        encode(make_tokenizer(CHATML, eos=None), QUESTION, ANSWER, LONG, raw=True)
+    with pytest.raises(BadInput, match="EOS"):
+        template = CHATML.replace("<|im_end|>", "")
+        encode(make_tokenizer(template, eos=None), QUESTION, ANSWER, LONG)
+    tokenizer = make_tokenizer(CHATML, eos=None)
+    assert texts(tokenizer, encode(tokenizer, "Two?", "Four.", LONG))[1] == "Four.<|im_end|>"
+
+
+def test_empty_raw_prompt_is_none():
+    """The first response token would have nothing to be predicted from."""
+    assert encode(make_tokenizer(), "", ANSWER, LONG) is None
+    assert encode(make_tokenizer(adds_bos=True), "", ANSWER, LONG).prompt_len == 1
+
+
+# --------------------------------------------------------------------------------------------------
+# Log-probabilities
+# --------------------------------------------------------------------------------------------------
+
+V, H = 97, 32  # vocabulary, hidden size
+SMALL = dict(
+    vocab_size=V,
+    hidden_size=H,
+    intermediate_size=40,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    max_position_embeddings=64,
+    pad_token_id=0,
+    initializer_range=0.2,  # ten times the usual: logits that differ visibly
+)
+GPT = dict(vocab_size=V, n_embd=H, n_layer=2, n_head=4, n_positions=64, initializer_range=0.2)
+# Values far from 1, so that forgetting one of them would be seen
+FAMILIES = {
+    "llama": {},
+    "qwen2": dict(use_sliding_window=True, sliding_window=4, max_window_layers=1),
+    "qwen3": dict(use_sliding_window=True, sliding_window=4, max_window_layers=1),
+    "mistral": dict(sliding_window=4),
+    "gemma2": dict(sliding_window=4, final_logit_softcapping=3.0, query_pre_attn_scalar=8),
+    "gemma3_text": dict(sliding_window=4, final_logit_softcapping=3.0, query_pre_attn_scalar=8),
+    "gpt2": {},
+    "phi3": dict(sliding_window=4),
+    "granite": dict(logits_scaling=3.0, embedding_multiplier=2.0, residual_multiplier=0.5),
+    "cohere2": dict(sliding_window=4, logit_scale=0.25),
+    "phi": {},  # a head with a bias
+}
+
+
+def make_model(family="llama", **options):
+    """Random weights, eval mode; the same ones for the same arguments."""
+    torch.manual_seed(0)
+    base = GPT if family == "gpt2" else SMALL
+    config = AutoConfig.for_model(family, **{**base, **FAMILIES[family], **options})
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 1:  # norms and biases start at 0 or 1, which would hide a mistake
+            parameter.data += 0.3 * torch.randn(parameter.shape)
+    return model
+
+
+def make_examples(*lengths, vocabulary=V):
+    """Examples with the given (prompt, response) lengths."""
+    generator = torch.Generator().manual_seed(1)
+    draw = [torch.randint(1, vocabulary, (p + r,), generator=generator) for p, r in lengths]
+    return [Example(ids.tolist(), p) for ids, (p, _) in zip(draw, lengths)]
+
+
+EXAMPLES = make_examples((3, 7), (9, 1), (1, 4), (6, 12), (4, 9))  # N = 33, T = 12
+
+
+def own_logps(model, example, temperature=1.0):
+    """The same from the model's own logits: one row, no padding, no chunks. (r,)"""
+    logits = model(torch.tensor([example.ids])).logits[0] / temperature
+    logp = logits.log_softmax(-1)[:-1].gather(-1, torch.tensor(example.ids)[1:, None])[:, 0]
+    return logp[example.prompt_len - 1 :]
+
+
+def gradients(model, flat):
+    """Gradients of a weighted mean of log-probabilities, so that no two tokens can trade places."""
+    weights = torch.linspace(-1, 2, len(flat))
+    model.zero_grad()
+    ((flat * weights).sum() / len(flat)).backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def assert_matches_own_logits(model, examples, temperature=1.0):
+    truth = torch.cat([own_logps(model, e, temperature) for e in examples])
+    expected = gradients(model, truth)
+    logp, mask = response_logps(model, examples, temperature)
+    assert truth.std() > 0.1  # logits that differ, or the comparison would be worth nothing
+    torch.testing.assert_close(logp[mask], truth, atol=1e-5, rtol=0)
+    for name, gradient in gradients(model, logp[mask]).items():
+        assert expected[name].abs().max() > 0, name
+        torch.testing.assert_close(gradient, expected[name], atol=1e-5, rtol=1e-5, msg=name)
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """Five tokens a chunk: the 33 of EXAMPLES make six and a ragged last one."""
+    monkeypatch.setitem(common.CHUNK_BYTES, "cpu", 5 * V * 4)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_family(family, tied, small_chunks):
+    """Value, and gradient of every parameter, are those of the model's own logits."""
+    model = make_model(family, tie_word_embeddings=tied)
+    head = model.get_output_embeddings()
+    assert (head.weight is model.get_input_embeddings().weight) == tied
+    assert (getattr(head, "bias", None) is not None) == (family == "phi")
+    assert_matches_own_logits(model, EXAMPLES)
+    check_model(model, EXAMPLES[0])  # and is not refused
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "cohere2", "phi"])
+def test_temperature(family, small_chunks):
+    """Divides the logits after the scale and the soft cap, and the gradient."""
+    assert_matches_own_logits(make_model(family), EXAMPLES, temperature=0.7)
+
+
+def test_chunks_do_not_change_the_result(monkeypatch):
+    model, results = make_model(), []
+    for rows in (1, 33, 1000):
+        monkeypatch.setitem(common.CHUNK_BYTES, "cpu", rows * V * 4)
+        logp, mask = response_logps(model, EXAMPLES)
+        results.append([logp.detach(), *gradients(model, logp[mask]).values()])
+    torch.testing.assert_close(results[0], results[1], atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(results[0], results[2], atol=1e-6, rtol=1e-5)
+
+
+def test_shapes_and_mask():
+    """(B, T), T the longest response; mask from lengths; 0 on padding; t = 0 the first token."""
+    model = make_model()
+    examples = [EXAMPLES[1], EXAMPLES[0], Example([5, 6, 0, 0], 2)]  # id 0 may be a token too
+    logp, mask = response_logps(model, examples)
+    assert (logp.shape, logp.dtype) == ((3, 7), torch.float32)
+    assert (mask.shape, mask.dtype) == ((3, 7), torch.bool)
+    assert mask.tolist() == [[True] * n + [False] * (7 - n) for n in (1, 7, 2)]
+    assert (logp[~mask] == 0).all() and (logp[mask] < 0).all()
+    for row, example in zip(logp, examples):
+        truth = own_logps(model, example)
+        torch.testing.assert_close(row[: len(truth)], truth, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma3_text"])
+def test_padding_invariance(family):
+    """A row alone equals the same row beside longer ones, whatever its place."""
+    model = make_model(family)
+    together, _ = response_logps(model, EXAMPLES)
+    for row, example in zip(together, EXAMPLES):
+        alone, mask = response_logps(model, [example])
+        assert mask.all()
+        torch.testing.assert_close(row[: alone.shape[1]], alone[0], atol=1e-5, rtol=0)
+
+
+def kept_logits(forward, vocabulary):
+    """How many elements with the vocabulary as last dimension autograd keeps for backward."""
+    sizes = []
+
+    def pack(tensor):
+        sizes.append(tensor.numel() if tensor.shape[-1:] == (vocabulary,) else 0)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        forward()
+    return sum(sizes)
+
+
+def test_logits_are_not_kept(small_chunks):
+    """Tokens × vocabulary is the memory that this function is there to save."""
+    model = make_model()
+    assert kept_logits(lambda: response_logps(model, EXAMPLES), V) == 0
+    plain = kept_logits(lambda: [own_logps(model, e) for e in EXAMPLES], V)
+    assert plain >= 33 * V  # the plain way keeps them: the check can fail
+
+
+def test_bf16_autocast(small_chunks):
+    """Products in bf16, log-softmax in float32: near the float32 result, and float32 gradients."""
+    model = make_model(tie_word_embeddings=False)
+    exact, mask = response_logps(model, EXAMPLES)
+    expected = gradients(model, exact[mask])
+    with torch.autocast("cpu", torch.bfloat16):
+        logp, mask = response_logps(model, EXAMPLES)
+        check_model(model, EXAMPLES[0])
+    assert logp.dtype == torch.float32
+    assert 1e-4 < (logp - exact).abs().max() < 0.1  # bf16 was used, and costs little
+    assert (logp.bfloat16() != logp)[mask].float().mean() > 0.5  # but not for the log-softmax
+    for name, gradient in gradients(model, logp[mask]).items():
+        assert gradient.dtype == torch.float32 and gradient.isfinite().all(), name
+        cosine = torch.cosine_similarity(gradient.flatten(), expected[name].flatten(), dim=0)
+        assert cosine > 0.99, name
+
+
+def test_bf16_head_in_backward_too(monkeypatch, small_chunks):
+    """Autocast is off while backward runs: a float32 head there would be slow on a GPU."""
+    seen, linear = [], common.F.linear
+
+    def recorded(hidden, weight, bias=None):
+        if weight.shape[0] == V:
+            seen.append((hidden.dtype, weight.dtype))
+        return linear(hidden, weight, bias)
+
+    monkeypatch.setattr(common.F, "linear", recorded)
+    model = make_model()
+    with torch.autocast("cpu", torch.bfloat16):
+        logp, mask = response_logps(model, EXAMPLES)
+    gradients(model, logp[mask])
+    assert seen == [(torch.bfloat16, torch.bfloat16)] * 14  # seven chunks, forward and backward
+
+
+@pytest.mark.parametrize("alter", [lambda x: 1.5 * x, lambda x: 20 * torch.tanh(x / 20)])
+def test_check_model_refuses_altered_logits(alter):
+    """A family that does something to its logits that common.py does not know, refused by name."""
+    model = make_model()
+    check_model(model, EXAMPLES[0])
+    forward = model.forward
+
+    def altered(*args, **kwargs):
+        output = forward(*args, **kwargs)
+        output.logits = alter(output.logits)
+        return output
+
+    model.forward = altered
+    with pytest.raises(BadInput, match="llama"):
+        check_model(model, EXAMPLES[0])

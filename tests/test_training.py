@@ -1,0 +1,275 @@
+"""What is trained, against what reference, and that the cut into micro-batches changes nothing."""
+
+import copy
+import math
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import common
+import humanline_dpo as dpo
+from conftest import make_rows, metrics_of, write_jsonl
+
+ONE_MICRO = ("--micro_tokens", 10**6)
+
+
+def load(policy):
+    return AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float32).eval()
+
+
+def adamw(model, lr):
+    return torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0, fused=True)
+
+
+def update(model, optimizer, loss, step, lr, warmup, sync=lambda: None):
+    """One update as the scripts make it, with room for a sync between the gradient and the step."""
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.param_groups[0]["lr"] = lr * min(1.0, step / warmup)
+    sync()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def run_with_second_model(policy, seen, k, copy_after=False):
+    """The definition: a reference model whose weights are copied every k updates, before the step."""
+    model, log_ratios = load(policy), []
+    reference, optimizer = copy.deepcopy(model), adamw(model, 1e-2)
+    for step, (examples, _, _) in enumerate(seen, 1):
+
+        def sync(step=step):
+            if k and step % k == 0:
+                reference.load_state_dict(model.state_dict())
+
+        logp, mask = common.response_logps(model, examples)
+        with torch.no_grad():
+            ref_logp, _ = common.response_logps(reference, examples)
+        logratio = logp - ref_logp
+        log_ratios.append(logratio.detach())
+        perceived = torch.where(mask, logratio, 0.0).clamp(-0.2, 0.3)
+        loss = dpo.dpo_loss(perceived, mask, 0.5).mean()
+        update(model, optimizer, loss, step, 1e-2, 2, sync if not copy_after else lambda: None)
+        if copy_after:
+            sync()
+    return log_ratios
+
+
+@pytest.mark.parametrize("k", [1, 3, 7, 100, 0])
+def test_the_cache_is_a_second_model_copied_before_the_update(run, spy, policy, k):
+    seen = spy(dpo)
+    run(dpo, "--sync_every", k, "--steps", 8, "--lr", 1e-2, "--log_eps_P=-0.2", "--log_eps_R=0.3", *ONE_MICRO)
+    assert len(seen) == 8
+    exact = run_with_second_model(policy, seen, k)
+    # k = 0 scores all rows in one go, so in other micro-batches: equal up to the order of float sums
+    for (_, ours, _), theirs in zip(seen, exact):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6 if k else 1e-4)
+    assert max(z.abs().max() for z in exact) > 0.2  # the policy moved, and tokens were clipped
+    if 0 < k < 8:  # the mutant: copied after the update
+        late = run_with_second_model(policy, seen, k, copy_after=True)
+        assert any((z - ours).abs().max() > 1e-3 for z, (_, ours, _) in zip(late, seen))
+
+
+def test_copied_after_the_update_nothing_is_ever_clipped(policy, run, spy):
+    """Why it matters: with k = 1 the mutant's log-ratios are all 0."""
+    seen = spy(dpo)
+    run(dpo, "--lr", 1e-2, *ONE_MICRO)
+    late = run_with_second_model(policy, seen, 1, copy_after=True)
+    assert all(z.abs().max() == 0 for z in late)
+
+
+def test_without_sync_and_clip_it_is_textbook_dpo(run, spy, policy):
+    """20 updates against a DPO written with the model's own logits, row by row."""
+    seen = spy(dpo)
+    run(dpo, "--plain", "--steps", 20, *ONE_MICRO)
+    model, reference = load(policy), load(policy)
+    optimizer = adamw(model, 1e-3)
+
+    def sequence_logp(net, example):
+        ids = torch.tensor([example.ids])
+        logp = net(ids).logits.log_softmax(-1)[0, :-1].gather(-1, ids[0, 1:, None])[:, 0]
+        return logp[example.prompt_len - 1 :].sum()
+
+    for step, (examples, logratio, mask) in enumerate(seen, 1):
+        z = []
+        for example in examples:
+            with torch.no_grad():
+                ref = sequence_logp(reference, example)
+            z.append(sequence_logp(model, example) - ref)
+        z = torch.stack(z)
+        torch.testing.assert_close(logratio.sum(-1), z.detach(), rtol=1e-3, atol=2e-4)
+        chosen, rejected = z.chunk(2)
+        loss = -torch.log(torch.sigmoid(0.5 * (chosen - rejected))).mean()
+        update(model, optimizer, loss, step, 1e-3, 2)
+    assert z.abs().max() > 0.1
+
+
+def test_the_first_update_is_its_own_reference(script, run, tmp_path):
+    run(script, "--steps", 1)
+    first = metrics_of(tmp_path / "run")[1]
+    assert first["abs_logratio"] == 0 and first["unclipped"] == 1.0
+    assert first["clipped_low"] == first["clipped_high"] == 0
+    if script is dpo:
+        assert first["loss"] == pytest.approx(math.log(2), abs=1e-7) and first["accuracy"] == 0.5
+
+
+def gradient(script, run, flags, tmp_path, *more):
+    """The gradient norm and metrics of updates with a moved policy, for a given cut."""
+    run(script, "--overwrite", "--steps", 3, "--lr", 1e-2, *more)
+    return metrics_of(tmp_path / "run")[1:]
+
+
+@pytest.mark.parametrize("mode", ["clip", "off"])
+def test_the_cut_into_micro_batches_changes_nothing(script, run, flags, tmp_path, monkeypatch, mode):
+    """8 = 4 + 4 = 3 + 3 + 2, losses, gradients and all metrics."""
+    runs = []
+    for cut in ([8], [4, 4], [3, 3, 2]):
+
+        def plan(rows, micro_tokens, cut=cut):
+            order = sorted(range(len(rows)), key=lambda i: -max(len(e.ids) for e in rows[i].examples))
+            ends = [sum(cut[: i + 1]) for i in range(len(cut))] if len(rows) == 8 else [len(rows)]
+            return [order[a:b] for a, b in zip([0, *ends], ends)]
+
+        monkeypatch.setattr(script, "plan", plan)
+        runs.append(gradient(script, run, flags, tmp_path, "--humanline", mode))
+    for other in runs[1:]:
+        for ours, theirs in zip(runs[0], other):
+            for name in set(ours) - {"seconds", "tokens_per_second", "peak_memory_gib"}:
+                assert ours[name] == pytest.approx(theirs[name], rel=1e-5, abs=1e-5), name
+
+
+def rows_of(script, lengths):
+    """Rows whose longest example has the given length."""
+    return [script.Row([common.Example([1] * (n - i), 1) for i in range(2)]) for n in lengths]
+
+
+def test_the_plan_keeps_to_micro_tokens_and_loses_no_row(script):
+    rows = rows_of(script, [10, 50, 20, 30, 20, 90])
+    micros = script.plan(rows, 120)
+    assert sorted(i for micro in micros for i in micro) == list(range(6))
+    for micro in micros:
+        padded = max(len(e.ids) for i in micro for e in rows[i].examples) * 2 * len(micro)
+        assert padded <= 120 or len(micro) == 1  # a longer row runs alone
+    assert micros == script.plan(rows, 120) and micros[0] == [5]  # deterministic, longest first
+
+
+def test_the_end_of_turn_is_trained_and_the_prompt_never(script, run, spy):
+    seen = spy(script)
+    run(script, "--steps", 1)
+    for examples, logratio, mask in seen:
+        assert mask.sum(-1).tolist() == [len(e.ids) - e.prompt_len for e in examples]
+        assert all(e.ids[-1] == 1 and e.ids[e.prompt_len - 1] == 3 for e in examples)  # <|end|>, <|assistant|>
+
+
+def test_a_small_lr_moves_the_weights(run, policy, tmp_path):
+    """bf16 weights would stand still: 50 updates with lr 1e-6 must move all that get a gradient."""
+    run(dpo, "--steps", 50, "--lr", 1e-6, "--plain")
+    before, after = load(policy).state_dict(), load(tmp_path / "run" / "final").state_dict()
+    state = torch.load(tmp_path / "run" / "step-000050.pt", weights_only=True)["optimizer"]["state"]
+    names = [name for name, _ in load(policy).named_parameters()]
+    moved = total = 0
+    for i, name in enumerate(names):
+        touched = state[i]["exp_avg_sq"] > 0
+        moved += (before[name] != after[name])[touched].sum().item()
+        total += touched.sum().item()
+    assert moved >= 0.99 * total > 10_000
+
+
+def test_the_weights_are_float32_whatever_the_checkpoint_is(run, policy, tmp_path):
+    load(policy).to(torch.bfloat16).save_pretrained(tmp_path / "half")
+    AutoTokenizer.from_pretrained(policy).save_pretrained(tmp_path / "half")
+    run(dpo, "--model", tmp_path / "half", "--steps", 1)
+    final = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "final")
+    assert {weight.dtype for weight in final.parameters()} == {torch.float32}
+
+
+def test_dropout_is_off_and_checkpointing_is_on(run, policy, tmp_path, monkeypatch):
+    """A model with dropout trains as without; activation checkpointing really recomputes, same result."""
+    model = load(policy)
+    model.config.attention_dropout = 0.5
+    model.save_pretrained(tmp_path / "dropout")
+    AutoTokenizer.from_pretrained(policy).save_pretrained(tmp_path / "dropout")
+    calls = []
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    forward = LlamaMLP.forward
+    monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: (calls.append(1), forward(self, x))[1])
+    results, counts = [], []
+    for i, more in enumerate([(), ("--model", tmp_path / "dropout", "--activation_checkpointing")]):
+        calls.clear()
+        run(dpo, "--steps", 3, "--output_dir", tmp_path / f"{i}", "--eval_size", 0, *more)
+        results.append([m["loss"] for m in metrics_of(tmp_path / f"{i}")[1:]])
+        counts.append(len(calls))
+    assert results[0] == pytest.approx(results[1], abs=1e-6)
+    assert counts[1] > counts[0]
+
+
+def test_evaluation_is_against_the_initial_policy(run, policy, data, tmp_path):
+    """The same whatever k, and computed here with two models from the saved files."""
+    summary = run(dpo, "--steps", 4, "--sync_every", 2, "--lr", 1e-2)
+    assert summary["before"] == {"eval_loss": pytest.approx(math.log(2)), "eval_accuracy": 0.5, "eval_margin": 0.0}
+    args = dpo.parse_args(["--model", str(policy), "--data", str(data["dpo"]), "--eval_size", "4",
+                           "--max_length", "64", "--batch_size", "8"])  # fmt: skip
+    tokenizer = AutoTokenizer.from_pretrained(policy)
+    _, eval_rows = dpo.load_data(tokenizer, args)
+    margins = []
+    for row in eval_rows:
+        sums = []
+        for net in (load(tmp_path / "run" / "final"), load(policy)):
+            with torch.no_grad():
+                logp, mask = common.response_logps(net, row.examples)
+            sums.append((logp * mask).sum(-1))
+        margins.append(0.5 * ((sums[0] - sums[1])[0] - (sums[0] - sums[1])[1]))
+    margins = torch.stack(margins)
+    assert summary["after"]["eval_margin"] == pytest.approx(margins.mean().item(), abs=1e-4)
+    assert summary["after"]["eval_accuracy"] == (margins > 0).float().mean().item()
+
+
+def test_humanline_sampling_trains(script, run, tmp_path):
+    run(script, "--humanline", "sample", "--lr", 1e-2)
+    last = metrics_of(tmp_path / "run")[-1]
+    assert 0 < last["unclipped"] < 1 and math.isfinite(last["loss"])
+
+
+def test_warmup_rises_from_the_first_update_and_then_stays(script, run, tmp_path):
+    run(script, "--steps", 5, "--warmup", 4, "--lr", 0.008)
+    assert [m["lr"] for m in metrics_of(tmp_path / "run")[1:]] == pytest.approx([0.002, 0.004, 0.006, 0.008, 0.008])
+
+
+def test_a_ragged_batch_is_left_out_and_epochs_differ(script, flags, policy, capsys):
+    args = script.parse_args(flags(script, "--batch_size", 7))
+    rows, _ = script.load_data(AutoTokenizer.from_pretrained(policy), args)
+    first, second = (script.epoch_batches(rows, epoch, args) for epoch in (0, 1))
+    assert [len(batch) for batch in first] == [7] * (len(rows) // 7)
+    assert first != second and first == script.epoch_batches(rows, 0, args)
+
+
+def test_a_run_over_gsm8k_pairs_learns_them(run, policy, tmp_path):
+    """Real text, a tokenizer that knows few of its characters, and a tiny model."""
+    from conftest import SHARED
+
+    path = SHARED / "gsm8k_pairs.jsonl"
+    if not path.exists():
+        pytest.skip(f"{path} is not there")
+    summary = run(dpo, "--data", path, "--max_rows", 64, "--max_length", 256, "--steps", 12, "--eval_size", 8,
+                  "--micro_tokens", 2048)  # fmt: skip
+    lines = metrics_of(tmp_path / "run")
+    assert summary["steps"] == 12 and summary["tokens"] > 10_000
+    assert sum(m["accuracy"] for m in lines[-4:]) / 4 > 0.5
+
+
+def test_sizes_and_splits(script, flags, policy, data, tmp_path):
+    """min(128, 5%) of the prompts are held out, and none of them is trained on, eval_data's neither."""
+    kind = script.__name__.removeprefix("humanline_")
+    tokenizer = AutoTokenizer.from_pretrained(policy)
+    rows = make_rows(kind, 48)
+    many = write_jsonl(tmp_path / "many.jsonl", rows + rows)  # every prompt twice
+    argv = flags(script, "--data", many)
+    del argv[argv.index("--eval_size") : argv.index("--eval_size") + 2]
+    train, held_out = script.load_data(tokenizer, script.parse_args(argv))
+    prompts = {script.prompt_of(row) for row in held_out}
+    assert len(prompts) == 2 and not prompts & {script.prompt_of(row) for row in train}
+    other = write_jsonl(tmp_path / "other.jsonl", rows[:5])
+    train, held_out = script.load_data(tokenizer, script.parse_args([*argv, "--eval_data", str(other)]))
+    prompts = {script.prompt_of(row) for row in held_out}
+    assert len(prompts) == 5 and not prompts & {script.prompt_of(row) for row in train}
