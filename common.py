@@ -53,6 +53,7 @@ def prompt_text(tokenizer, prompt: str | list[dict], raw: bool = False) -> tuple
         twice = adds_bos and prompt.startswith(tokenizer.bos_token)
         return (tokenizer.bos_token if adds_bos and not twice else "") + prompt, None
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    end_of_turn(tokenizer)  # refuses a template that would leave out strings
     return render(tokenizer, messages, add_generation_prompt=True), messages
 
 
@@ -71,8 +72,7 @@ def _end_of_turn(tokenizer, template: str) -> tuple[str, list[int]]:
     dialogue = [{"role": "user", "content": "A question?"}, {"role": "assistant", "content": answer}]
     text = render(tokenizer, dialogue)
     if answer not in text:
-        raise BadInput("the chat template leaves out an assistant message that is a string; "
-                       "it needs a text template")  # fmt: skip
+        raise BadInput("the chat template leaves out text that is a string; use a text template")
     tail = text.rpartition(answer)[2]
     end, special = [], set(tokenizer.all_special_ids)
     special |= {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
@@ -223,6 +223,6 @@ def check_model(model, example: Example) -> None:
     logits = model(ids, use_cache=False).logits[0, example.prompt_len - 1 : -1].float()  # (T, V)
     truth = logits.log_softmax(-1).gather(-1, ids[0, example.prompt_len :, None]).squeeze(-1)
     error = (response_logps(model, [example])[0][0] - truth).abs().max().item()
-    if not error < (0.1 if torch.is_autocast_enabled(model.device.type) else 1e-3):
+    if not error < 5e-3:
         raise BadInput(f"--model: {model.config.model_type} computes its logits in a way that common.py "
-                       f"does not rebuild (off by {error:.2g} nats); use another family")  # fmt: skip
+                       f"does not rebuild (off by {error:.2g} nats); use another family")

@@ -385,21 +385,26 @@ def autocast(args: argparse.Namespace):
     return torch.autocast(args.device, torch.bfloat16, enabled=args.device == "cuda")
 
 
+MAX_PADDING = 512  # tokens; our choice: about what the start of one more micro-batch costs
+
+
 def plan(rows: list[Row], micro_tokens: int) -> list[list[int]]:
     """Cut rows, longest first, into micro-batches of at most micro_tokens padded tokens (indices).
 
-    A row that is longer runs alone. Scoring and training use the same cut: where the policy has not
-    moved since it was scored, the log-ratio is exactly 0.
+    A row that is longer runs alone; a micro-batch also ends where its padding would cost more than a
+    new one. Scoring and training use the same cut: where the policy has not moved since it scored
+    them, the log-ratios are exactly 0.
     """
     longest = [max(len(e.ids) for e in row.examples) for row in rows]
-    micros, room = [], 0
+    micros, width, room, padding = [], 0, 0, 0
     for i in sorted(range(len(rows)), key=lambda i: -longest[i]):
-        width = longest[micros[-1][0]] if micros else 0
-        if not micros or len(rows[i].examples) * width > room:
+        size = len(rows[i].examples)
+        padding += size * (width - longest[i])
+        if not micros or size * width > room or padding > MAX_PADDING:
             micros.append([])
-            width, room = longest[i], micro_tokens
+            width, room, padding = longest[i], micro_tokens, 0
         micros[-1].append(i)
-        room -= len(rows[i].examples) * width
+        room -= size * width
     return micros
 
 
@@ -612,8 +617,7 @@ def load_policy(tokenizer, example: Example, args: argparse.Namespace):
         raise BadInput(f"--model {args.model}: {len(tokenizer)} tokens in the tokenizer, {rows} "
                        "embeddings; use the model's own tokenizer")
     model.to(args.device).eval()  # for the whole run: there is no dropout in scoring or in training
-    with autocast(args):
-        check_model(model, example)
+    check_model(model, example)
     if args.activation_checkpointing:
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
         for module in model.modules():  # works in training mode only; what is inside stays in eval

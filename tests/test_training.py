@@ -151,6 +151,8 @@ def test_the_plan_keeps_to_micro_tokens_and_loses_no_row(script):
         padded = max(len(e.ids) for i in micro for e in rows[i].examples) * 2 * len(micro)
         assert padded <= 120 or len(micro) == 1  # a longer row runs alone
     assert micros == script.plan(rows, 120) and micros[0] == [5]  # deterministic, longest first
+    padded = script.plan(rows_of(script, [1000] * 3 + [10] * 3), 10**6)  # no short row beside a long one
+    assert padded == [[0, 1, 2], [3, 4, 5]]
 
 
 def test_the_end_of_turn_is_trained_and_the_prompt_never(script, run, spy):

@@ -1,0 +1,46 @@
+#!/usr/bin/env bash
+# ./run.sh                 set everything up, then the demo: plain against humanline on a toy world
+# ./run.sh test [flags]    set everything up, then the tests (flags go to pytest)
+# ./run.sh dpo [flags]     the recipe for one 80 GB GPU: Qwen2.5-1.5B-Instruct on UltraFeedback-ArmoRM
+set -euo pipefail
+cd "$(dirname "$0")"
+
+python=${PYTHON:-python3}
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || {
+  echo "error: $python is $("$python" --version 2>&1 || true); Python 3.10 or newer is needed." \
+       "Name one with PYTHON=/path/to/python3 ./run.sh" >&2
+  exit 1
+}
+
+install() {  # install FILE...: into .venv, once for each content of the files
+  local stamp=.venv/installed-$(cat "$@" | cksum | cut -d' ' -f1)
+  [ -x .venv/bin/python ] || "$python" -m venv .venv
+  [ -f "$stamp" ] && return
+  echo "installing $* into .venv (a few minutes the first time)"
+  for file in "$@"; do .venv/bin/pip install --quiet --disable-pip-version-check -r "$file"; done
+  touch "$stamp"
+}
+
+run() {  # print a command, then run it
+  printf '+'; printf ' %q' "$@"; echo
+  exec "$@"
+}
+
+case "${1:-demo}" in
+  demo)
+    install requirements.txt
+    run .venv/bin/python tests/demo.py ;;
+  test)
+    install requirements.txt tests/requirements.txt
+    shift
+    run .venv/bin/python -m pytest -q tests "$@" ;;
+  dpo)  # batch and k as in the paper
+    install requirements.txt
+    shift
+    run .venv/bin/python humanline_dpo.py --model Qwen/Qwen2.5-1.5B-Instruct \
+      --data princeton-nlp/llama3-ultrafeedback-armorm --max_rows 10000 --batch_size 32 --sync_every 1 \
+      --output_dir runs/dpo-qwen2.5-1.5b "$@" ;;
+  *)
+    sed -n '2,4s/^# //p' "$0" >&2
+    exit 2 ;;
+esac

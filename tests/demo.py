@@ -1,0 +1,56 @@
+"""The demo of ./run.sh: plain against humanline, from the same policy and data, on the letters world.
+
+Prints a table of the held-out utility (tests/toy_world.py: one sampled response for each of 256 prompts,
+four times) and of the win rate against the initial policy, before and after training.
+"""
+
+import importlib
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT)]
+
+import toy_world  # noqa: E402
+
+SEED = 0
+COMMON = ["--max_length", "64", "--steps", "200", "--seed", str(SEED), "--eval_every", "0", "--save_every", "0"]
+PLAIN = ["--plain"]
+RUNS = [  # (script, data, flags of both, flags of humanline)
+    ("humanline_dpo", "pairs", ["--batch_size", "32"], {"plain": ["--lr", "1e-4", *PLAIN], "humanline": ["--lr", "1e-4"]}),
+]
+
+
+def main() -> None:
+    folder = ROOT / "runs" / "demo"
+    started = time.time()
+    world = toy_world.build(folder / "letters", "letters", seed=SEED)
+    print(f"toy world in {world} ({time.time() - started:.0f} s)", flush=True)
+    before = toy_world.grade(world / "policy", world, "letters")
+    table = [("initial policy", before, 0.0)]
+    for name, kind, both, variants in RUNS:
+        script = importlib.import_module(name)
+        for variant, flags in variants.items():
+            out = folder / f"{name}-{variant}"
+            argv = ["--model", world / "policy", "--data", world / f"{kind}_train.jsonl"]
+            argv += ["--eval_data", world / f"{kind}_test.jsonl", "--output_dir", out, "--overwrite"]
+            argv = [str(x) for x in [*argv, *COMMON, *both, *flags]]
+            print("+ python", f"{name}.py", *argv, flush=True)
+            started = time.time()
+            script.main(script.parse_args(argv))
+            seconds = time.time() - started
+            table.append((f"{name.removeprefix('humanline_').upper()} {variant}",
+                          toy_world.grade(out / "final", world, "letters"), seconds))
+    print(f"\nheld-out utility on the letters world, seed {SEED}")
+    print(f"{'':16s}{'utility':>10s}{'win rate':>10s}{'seconds':>10s}")
+    for name, rewards, seconds in table:
+        wins = statistics.mean((a > b) + (a == b) / 2 for a, b in zip(rewards, before))
+        print(f"{name:16s}{statistics.mean(rewards):+10.3f}{wins:10.3f}{seconds:10.0f}")
+
+
+if __name__ == "__main__":
+    main()
