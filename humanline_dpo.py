@@ -391,8 +391,8 @@ MAX_PADDING = 512  # tokens; our choice: about what the start of one more micro-
 def plan(rows: list[Row], micro_tokens: int) -> list[list[int]]:
     """Cut rows, longest first, into micro-batches of at most micro_tokens padded tokens (indices).
 
-    A row that is longer runs alone; a micro-batch also ends where its padding would cost more than a
-    new one. Scoring and training use the same cut: where the policy has not moved since it scored
+    A row that is longer runs alone; a micro-batch also ends where its padding would cost more than
+    a new one. Scoring and training use the same cut: where the policy has not moved since it scored
     them, the log-ratios are exactly 0.
     """
     longest = [max(len(e.ids) for e in row.examples) for row in rows]
@@ -421,18 +421,18 @@ def score(model, rows: list[Row], args: argparse.Namespace, title: str = "") -> 
     return [scored[i] for i in range(len(rows))]
 
 
-def with_reference(model, rows: list[Row], args: argparse.Namespace, title: str = "") -> list[Row]:
-    """The rows with the policy as it is now for their reference."""
-    scores = score(model, rows, args, title)
+def with_reference(rows: list[Row], scores: list[list[Tensor]]) -> list[Row]:
     return [row._replace(ref_logp=logp) for row, logp in zip(rows, scores)]
 
 
-def next_window(model, stream, size: int, args: argparse.Namespace) -> collections.deque:
-    """The next `size` batches, scored by the policy as it is now unless they already are."""
-    window = collections.deque()
-    for batch in itertools.islice(stream, size):
-        window.append(batch if batch[0].ref_logp else with_reference(model, batch, args))
-    return window
+def next_window(model, stream, size: int, args: argparse.Namespace, title: str = ""):
+    """The next `size` batches, with the policy as it is now for their reference: it scores each of
+    their rows once, batch by batch, in the same cut as in training."""
+    batches, scores = list(itertools.islice(stream, size)), {}
+    for batch in tqdm(batches, title, unit=" batches", leave=False, disable=not title):
+        fresh = [row for row in batch if id(row) not in scores]
+        scores |= zip(map(id, fresh), score(model, fresh, args))
+    return collections.deque(with_reference(b, [scores[id(row)] for row in b]) for b in batches)
 
 
 def accumulate_gradient(model, batch: list[Row], args: argparse.Namespace) -> dict[str, float]:
@@ -465,7 +465,8 @@ def accumulate_gradient(model, batch: list[Row], args: argparse.Namespace) -> di
             "clipped_high": high.sum() / tokens,
             "abs_logratio": torch.where(mask, logratio.detach(), 0.0).abs().sum() / tokens,
         })
-    return dict(zip(sums, torch.stack(list(sums.values())).tolist()))
+    read = sum(len(e.ids) for row in batch for e in row.examples)
+    return {"tokens": read, **dict(zip(sums, torch.stack(list(sums.values())).tolist()))}
 
 
 def wins(margin: Tensor) -> Tensor:
@@ -489,15 +490,6 @@ def evaluate(model, eval_rows: list[Row], args: argparse.Namespace) -> dict[str,
     return {"eval_loss": -F.logsigmoid(margins).mean().item(),
             "eval_accuracy": wins(margins).mean().item(),
             "eval_margin": margins.mean().item()}
-
-
-def pack(batch: list[Row]) -> list:
-    """Rows as lists and tensors, all that torch.load(weights_only=True) takes."""
-    return [([tuple(e) for e in row.examples], *row[1:]) for row in batch]
-
-
-def unpack(batch: list) -> list[Row]:
-    return [Row([Example(*e) for e in examples], *rest) for examples, *rest in batch]
 
 
 def save_checkpoint(folder: Path, step: int, state: dict) -> None:
@@ -679,27 +671,22 @@ def main(args: argparse.Namespace) -> dict:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         done, before, seconds, tokens = (state[x] for x in ("step", "before", "seconds", "tokens"))
-        eval_rows = [row._replace(ref_logp=ref) for row, ref in zip(eval_rows, state["eval_ref"])]
-        if k == 0:
-            rows = [row._replace(ref_logp=ref) for row, ref in zip(rows, state["ref"])]
-        window = collections.deque(map(unpack, state["window"]))
+        eval_rows = with_reference(eval_rows, state["eval_scores"])
     else:
         describe(model, tokenizer, rows, eval_rows, args)
         done, seconds, tokens = 0, 0.0, 0
-        eval_rows = with_reference(model, eval_rows, args, "scoring held-out rows")
+        eval_rows = with_reference(eval_rows, score(model, eval_rows, args, "held-out rows"))
         before = evaluate(model, eval_rows, args) if eval_rows else {}
         log(folder, {"step": 0, "steps": steps, **before})
-        if k == 0:  # plain DPO: the initial policy is the reference of all rows, for ever
-            rows = with_reference(model, rows, args, "scoring")
-        window = collections.deque()
     batches = (batch for epoch in itertools.count() for batch in epoch_batches(rows, epoch, args))
-    stream = itertools.islice(batches, done + len(window), steps)
-    if not state:
-        window = next_window(model, stream, k or 1, args)
-    else:
+    stream = itertools.islice(batches, done, steps)
+    if state:
+        window = collections.deque(with_reference(b, x) for x, b in zip(state["window"], stream))
         torch.set_rng_state(state["rng"])
         if args.device == "cuda":
             torch.cuda.set_rng_state(state["cuda_rng"])
+    else:  # k = 0 is one window that spans the run: the reference is the initial policy for ever
+        window = next_window(model, stream, k or steps, args, "scoring for the reference")
 
     # SIGINT and SIGTERM: the update is finished and saved first; a second one stops at once.
     signals, stop = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}, []
@@ -721,18 +708,16 @@ def main(args: argparse.Namespace) -> dict:
             # policy as it still is, before this update, scores the next k batches and so is their
             # reference, which lags one update. Scored after the update they would meet that same
             # policy: with k = 1 all log-ratios would be 0 and nothing would ever be clipped.
-            if k > 0 and not window:
+            if not window:
                 window = next_window(model, stream, k, args)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            if k == 0:  # nothing to score: all rows keep the initial policy's log-probs
-                window = next_window(model, stream, 1, args)
 
-            size = sum(len(e.ids) for row in batch for e in row.examples)
             took, last = time.perf_counter() - started, step == steps
-            seconds, tokens = seconds + took, tokens + size
+            speed = metrics["tokens"] / took
+            seconds, tokens = seconds + took, tokens + metrics["tokens"]
             metrics |= {"grad_norm": norm, "lr": optimizer.param_groups[0]["lr"], "tokens": tokens,
-                        "tokens_per_second": size / took, "seconds": seconds,
+                        "tokens_per_second": speed, "seconds": seconds,
                         "peak_memory_gib": peak_memory_gib(args)}
             if eval_rows and (last or args.eval_every and step % args.eval_every == 0):
                 after = evaluate(model, eval_rows, args)
@@ -745,9 +730,9 @@ def main(args: argparse.Namespace) -> dict:
                     "tokens": tokens, "rng": torch.get_rng_state(),
                     "model": model.state_dict(), "optimizer": optimizer.state_dict(),
                     "cuda_rng": torch.cuda.get_rng_state() if args.device == "cuda" else None,
-                    "window": [pack(batch) for batch in window],  # who scored it is gone
-                    "ref": [row.ref_logp for row in rows] if k == 0 else None,
-                    "eval_ref": [row.ref_logp for row in eval_rows],
+                    # the weights that scored these are gone
+                    "window": [[row.ref_logp for row in batch] for batch in window],
+                    "eval_scores": [row.ref_logp for row in eval_rows],
                 })
             if stop:
                 print(f"stopped by signal {stop[0]} after update {step}; go on with --resume")

@@ -2,6 +2,7 @@
 # ./run.sh                 set everything up, then the demo: plain against humanline on a toy world
 # ./run.sh test [flags]    set everything up, then the tests (flags go to pytest)
 # ./run.sh dpo [flags]     the recipe for one 80 GB GPU: Qwen2.5-1.5B-Instruct on UltraFeedback-ArmoRM
+# ./run.sh kto [flags]     the same for KTO, the pairs taken apart
 set -euo pipefail
 cd "$(dirname "$0")"
 
@@ -40,7 +41,13 @@ case "${1:-demo}" in
     run .venv/bin/python humanline_dpo.py --model Qwen/Qwen2.5-1.5B-Instruct \
       --data princeton-nlp/llama3-ultrafeedback-armorm --max_rows 10000 --batch_size 32 --sync_every 1 \
       --output_dir runs/dpo-qwen2.5-1.5b "$@" ;;
+  kto)  # 20k responses, batch and weight as in the paper
+    install requirements.txt
+    shift
+    run .venv/bin/python humanline_kto.py --model Qwen/Qwen2.5-1.5B-Instruct \
+      --data princeton-nlp/llama3-ultrafeedback-armorm --max_rows 10000 --batch_size 64 --sync_every 1 \
+      --desirable_weight 1.1 --output_dir runs/kto-qwen2.5-1.5b "$@" ;;
   *)
-    sed -n '2,4s/^# //p' "$0" >&2
+    sed -n '2,5s/^# //p' "$0" >&2
     exit 2 ;;
 esac

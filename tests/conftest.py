@@ -17,9 +17,10 @@ import torch  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 
 import humanline_dpo  # noqa: E402
+import humanline_kto  # noqa: E402
 import toy_world  # noqa: E402
 
-SCRIPTS = {"dpo": humanline_dpo}
+SCRIPTS = {"dpo": humanline_dpo, "kto": humanline_kto}
 SHARED = ROOT.parent / "shared" / "data"
 
 
@@ -53,6 +54,8 @@ def make_rows(kind: str, count: int, seed: int = 0) -> list[dict]:
         return "".join(rng.choices(toy_world.LETTERS, k=rng.randint(3, 24)))
 
     prompts = [text()[: rng.randint(3, 9)] + str(i) for i in range(count)]
+    if kind == "kto":
+        return [{"prompt": p, "completion": text(), "label": rng.random() < 0.5} for p in prompts]
     return [{"prompt": p, "chosen": text(), "rejected": text()} for p in prompts]
 
 
@@ -104,7 +107,8 @@ def spy(monkeypatch):
             return logps(model, rows, *args, **kwargs)
 
         def perceive_and_tell(logratio, mask, *args, **kwargs):
-            seen.append((examples[0], logratio.detach().clone(), mask.clone()))
+            if logratio.requires_grad:  # trained, not KTO's reference point
+                seen.append((examples[0], logratio.detach().clone(), mask.clone()))
             return perceive(logratio, mask, *args, **kwargs)
 
         monkeypatch.setattr(script, "response_logps", response_logps)

@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import humanline_dpo as dpo
+import humanline_kto as kto
 from common import BadInput
 from conftest import make_rows, metrics_of, write_jsonl
 
@@ -37,7 +38,7 @@ BAD_FLAGS = [
     ("--log_eps_P nan", "--log_eps_P nan"),
     ("--log_eps_R=-0.1", "--log_eps_R -0.1: must be above 0"),
     ("--gamma_P 0", "--gamma_P 0.0"),
-    ("--batch_size 0", "--batch_size 0: must be at least 1"),
+    ("--batch_size 0", "--batch_size 0: must be at least"),
     ("--steps 0", "--steps 0"),
     ("--epochs 0", "--epochs 0"),
     ("--warmup -1", "--warmup -1"),
@@ -111,6 +112,44 @@ def test_a_null_is_named(refused, tmp_path):
     rows = make_rows("dpo", 48)
     rows[17]["chosen"] = None
     refused(dpo, "bad.jsonl:18: field 'chosen': null", "--data", write_jsonl(tmp_path / "bad.jsonl", rows))
+
+
+BAD_LABELS = [
+    ({"label": 0.9}, "bad.jsonl:18: field 'label': 0.9; it must be true, false, 1 or 0"),
+    ({"label": -1}, "field 'label': -1; it must be"),
+    ({"label": "yes"}, "field 'label': 'yes'; it must be"),
+    ({"label": None, "lable": 1}, "no field 'label' among prompt, completion, lable; did you mean 'lable'?"),
+    ({"completion": ""}, "field 'completion': empty"),
+    ({"completion": None, "answer": "a"}, "no field 'completion'"),
+]
+
+
+@pytest.mark.parametrize("change, words", BAD_LABELS, ids=lambda x: str(x)[:40])
+def test_bad_labels(refused, tmp_path, change, words):
+    rows = make_rows("kto", 48)
+    rows[17] = {key: value for key, value in (rows[17] | change).items() if value is not None}
+    refused(kto, words, "--data", write_jsonl(tmp_path / "bad.jsonl", rows))
+
+
+def test_a_null_label_is_named(refused, tmp_path):
+    rows = make_rows("kto", 48)
+    rows[17]["label"] = None
+    refused(kto, "field 'label': None", "--data", write_jsonl(tmp_path / "bad.jsonl", rows))
+
+
+def test_one_class_needs_to_be_allowed(run, refused, tmp_path, capsys):
+    rows = [dict(row, label=1) for row in make_rows("kto", 48)]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    refused(kto, "rows of one class only; add the other, or --allow_one_class", "--data", path)
+    run(kto, "--data", path, "--allow_one_class")
+    assert "44 desirable and 0 undesirable rows" in capsys.readouterr().out
+
+
+def test_kto_needs_two_prompts_in_a_batch(refused, tmp_path):
+    refused(kto, "--batch_size 1: must be at least 2", "--batch_size", 1)
+    rows = [dict(row, prompt="abc") for row in make_rows("kto", 48)]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    refused(kto, "a batch holds responses to one prompt only", "--data", path, "--eval_size", 0)
 
 
 def test_equal_responses_are_dropped_and_counted(run, refused, tmp_path, capsys):

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import humanline_dpo
+import humanline_kto
 
 CASES = json.loads((Path(__file__).parent / "data" / "golden_losses.json").read_text())
 OFF = dict(mode="off", log_eps_P=-1.5, log_eps_R=1.5, gamma_P=0.5, gamma_R=0.01)
@@ -33,6 +34,25 @@ def test_dpo_loss_and_gradient_are_the_authors(case):
     logp, mask = logp.requires_grad_(), mask.bool()
     perceived = perceived_as_in(humanline_dpo, case, logp - ref_logp, mask)
     ours = humanline_dpo.dpo_loss(perceived, mask, case["beta"])
+    ours.mean().backward()
+    torch.testing.assert_close(ours, losses, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(logp.grad, grad, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: f"seed{c['seed']}")
+def test_kto_loss_and_gradient_are_the_authors(case):
+    c = case["kto"]
+    logp, ref_logp, mask, desirable, losses, grad = tensors(
+        c, "logp", "ref_logp", "mask", "desirable", "losses", "grad_of_mean"
+    )
+    kl_logp, kl_ref_logp, kl_mask = tensors(c, "kl_logp", "kl_ref_logp", "kl_mask")
+    logp.requires_grad_()
+    point = perceived_as_in(humanline_kto, case, kl_logp - kl_ref_logp, kl_mask.bool())
+    kl = point.sum(-1).mean().clamp_min(0)
+    assert kl.item() == pytest.approx(c["kl"], rel=1e-5, abs=1e-7)
+    perceived = perceived_as_in(humanline_kto, case, logp - ref_logp, mask.bool())
+    ours = humanline_kto.kto_loss(perceived, mask.bool(), desirable.bool(), kl, case["beta"],
+                                  c["desirable_weight"], c["undesirable_weight"])  # fmt: skip
     ours.mean().backward()
     torch.testing.assert_close(ours, losses, rtol=1e-6, atol=1e-9)
     torch.testing.assert_close(logp.grad, grad, rtol=1e-6, atol=1e-9)

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import common
 import humanline_dpo as dpo
+import humanline_kto as kto
 from conftest import make_rows, metrics_of, write_jsonl
 
 ONE_MICRO = ("--micro_tokens", 10**6)
@@ -32,49 +33,94 @@ def update(model, optimizer, loss, step, lr, warmup, sync=lambda: None):
     optimizer.zero_grad()
 
 
-def run_with_second_model(policy, seen, k, copy_after=False):
-    """The definition: a reference model whose weights are copied every k updates, before the step."""
-    model, log_ratios = load(policy), []
+def run_with_second_model(script, policy, batches, k, copy_after=False):
+    """The definition: a reference model whose weights are copied every k updates, before the step.
+    Returns each update's log-ratios of the trained responses, and KTO's ẑ0."""
+    model, log_ratios, points = load(policy), [], []
     reference, optimizer = copy.deepcopy(model), adamw(model, 1e-2)
-    for step, (examples, _, _) in enumerate(seen, 1):
+
+    def perceived(examples):
+        logp, mask = common.response_logps(model, examples)
+        with torch.no_grad():
+            ref_logp, _ = common.response_logps(reference, examples)
+        return logp - ref_logp, mask, torch.where(mask, logp - ref_logp, 0.0).clamp(-0.2, 0.3)
+
+    for step, rows in enumerate(batches, 1):
 
         def sync(step=step):
             if k and step % k == 0:
                 reference.load_state_dict(model.state_dict())
 
-        logp, mask = common.response_logps(model, examples)
-        with torch.no_grad():
-            ref_logp, _ = common.response_logps(reference, examples)
-        logratio = logp - ref_logp
+        if script is dpo:
+            logratio, mask, z = perceived([row.examples[side] for side in (0, 1) for row in rows])
+            loss = dpo.dpo_loss(z, mask, 0.5).mean()
+        else:
+            with torch.no_grad():
+                point = perceived(mismatch(rows))[2].sum(-1).mean().clamp_min(0)
+            logratio, mask, z = perceived([row.examples[0] for row in rows])
+            reward, good = z.sum(-1), torch.tensor([row.desirable for row in rows])
+            value = torch.where(good, torch.sigmoid(0.5 * (reward - point)), torch.sigmoid(0.5 * (point - reward)))
+            loss = (1 - value).mean()
+            points.append(point.item())
         log_ratios.append(logratio.detach())
-        perceived = torch.where(mask, logratio, 0.0).clamp(-0.2, 0.3)
-        loss = dpo.dpo_loss(perceived, mask, 0.5).mean()
         update(model, optimizer, loss, step, 1e-2, 2, sync if not copy_after else lambda: None)
         if copy_after:
             sync()
-    return log_ratios
+    return log_ratios, points
+
+
+def mismatch(rows):
+    """KTO's mismatched pairs, written down: the prompts of these tests all differ."""
+    examples = [row.examples[0] for row in rows]
+    pairs = zip(examples, examples[1:] + examples[:1])
+    return [common.Example(a.ids[: a.prompt_len] + b.ids[b.prompt_len :], a.prompt_len) for a, b in pairs]
+
+
+def batches_of(script, flags, policy, seen):
+    """The batches of the run, in the order in which its rows ran (one micro-batch an update)."""
+    args = script.parse_args(flags(script))
+    rows, _ = script.load_data(AutoTokenizer.from_pretrained(policy), args)
+    batches = [batch for epoch in range(2) for batch in script.epoch_batches(rows, epoch, args)][: len(seen)]
+    if script is kto:
+        return [batch[:8] for batch in batches]  # in batch order; sorted by length below
+    return [sorted(batch, key=lambda row: -max(len(e.ids) for e in row.examples)) for batch in batches]
+
+
+CLIPPED = ("--lr", 1e-2, "--log_eps_P=-0.2", "--log_eps_R=0.3", *ONE_MICRO)
 
 
 @pytest.mark.parametrize("k", [1, 3, 7, 100, 0])
-def test_the_cache_is_a_second_model_copied_before_the_update(run, spy, policy, k):
-    seen = spy(dpo)
-    run(dpo, "--sync_every", k, "--steps", 8, "--lr", 1e-2, "--log_eps_P=-0.2", "--log_eps_R=0.3", *ONE_MICRO)
-    assert len(seen) == 8
-    exact = run_with_second_model(policy, seen, k)
-    # k = 0 scores all rows in one go, so in other micro-batches: equal up to the order of float sums
-    for (_, ours, _), theirs in zip(seen, exact):
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6 if k else 1e-4)
+def test_the_cache_is_a_second_model_copied_before_the_update(script, run, spy, flags, policy, tmp_path, k):
+    seen = spy(script)
+    run(script, "--sync_every", k, "--steps", 8, *CLIPPED)
+    batches = batches_of(script, flags, policy, seen)
+    assert len(seen) == len(batches) == 8
+    exact, points = run_with_second_model(script, policy, batches, k)
+
+    def difference(ratios):
+        worst = 0.0
+        for (examples, ours, _), rows, theirs in zip(seen, batches, ratios):
+            order = range(len(examples))  # DPO's rows are in the order of the run already
+            if script is kto:
+                order = [[row.examples[0] for row in rows].index(e) for e in examples]
+            worst = max(worst, (ours - theirs[list(order)]).abs().max().item())
+        return worst
+
+    assert difference(exact) <= (1e-6 if script is dpo else 1e-4)
     assert max(z.abs().max() for z in exact) > 0.2  # the policy moved, and tokens were clipped
+    if script is kto:
+        ours = [m["kl"] for m in metrics_of(tmp_path / "run")[1:]]
+        assert ours == pytest.approx(points, abs=1e-4) and max(points) > 0.01
     if 0 < k < 8:  # the mutant: copied after the update
-        late = run_with_second_model(policy, seen, k, copy_after=True)
-        assert any((z - ours).abs().max() > 1e-3 for z, (_, ours, _) in zip(late, seen))
+        assert difference(run_with_second_model(script, policy, batches, k, copy_after=True)[0]) > 1e-3
 
 
-def test_copied_after_the_update_nothing_is_ever_clipped(policy, run, spy):
+def test_copied_after_the_update_nothing_is_ever_clipped(policy, run, spy, flags):
     """Why it matters: with k = 1 the mutant's log-ratios are all 0."""
     seen = spy(dpo)
-    run(dpo, "--lr", 1e-2, *ONE_MICRO)
-    late = run_with_second_model(policy, seen, 1, copy_after=True)
+    run(dpo, *CLIPPED)
+    batches = batches_of(dpo, flags, policy, seen)
+    late, _ = run_with_second_model(dpo, policy, batches, 1, copy_after=True)
     assert all(z.abs().max() == 0 for z in late)
 
 
@@ -109,8 +155,8 @@ def test_the_first_update_is_its_own_reference(script, run, tmp_path):
     first = metrics_of(tmp_path / "run")[1]
     assert first["abs_logratio"] == 0 and first["unclipped"] == 1.0
     assert first["clipped_low"] == first["clipped_high"] == 0
-    if script is dpo:
-        assert first["loss"] == pytest.approx(math.log(2), abs=1e-7) and first["accuracy"] == 0.5
+    assert first["loss"] == pytest.approx({dpo: math.log(2), kto: 0.5}[script], abs=1e-7)
+    assert first["kl"] == 0 if script is kto else first["accuracy"] == 0.5
 
 
 def gradient(script, run, flags, tmp_path, *more):
@@ -126,9 +172,12 @@ def test_the_cut_into_micro_batches_changes_nothing(script, run, flags, tmp_path
     for cut in ([8], [4, 4], [3, 3, 2]):
 
         def plan(rows, micro_tokens, cut=cut):
-            order = sorted(range(len(rows)), key=lambda i: -max(len(e.ids) for e in rows[i].examples))
-            ends = [sum(cut[: i + 1]) for i in range(len(cut))] if len(rows) == 8 else [len(rows)]
-            return [order[a:b] for a, b in zip([0, *ends], ends)]
+            ends = [sum(cut[: i + 1]) for i in range(len(cut))]
+            trained = [i for i, row in enumerate(rows) if getattr(row, "desirable", 0) is not None]
+            others = [i for i in range(len(rows)) if i not in trained]  # KTO's mismatched pairs
+            if len(trained) != 8:
+                return [trained]  # held-out rows
+            return [part[a:b] for part in (trained, others) for a, b in zip([0, *ends], ends) if part]
 
         monkeypatch.setattr(script, "plan", plan)
         runs.append(gradient(script, run, flags, tmp_path, "--humanline", mode))
@@ -136,10 +185,14 @@ def test_the_cut_into_micro_batches_changes_nothing(script, run, flags, tmp_path
         for ours, theirs in zip(runs[0], other):
             for name in set(ours) - {"seconds", "tokens_per_second", "peak_memory_gib"}:
                 assert ours[name] == pytest.approx(theirs[name], rel=1e-5, abs=1e-5), name
+    if script is kto:  # which would be invisible at ẑ0 = 0
+        assert max(m["kl"] for m in runs[0]) > 0.01
 
 
 def rows_of(script, lengths):
     """Rows whose longest example has the given length."""
+    if script is kto:
+        return [kto.Row([common.Example([1] * n, 1)], True) for n in lengths]
     return [script.Row([common.Example([1] * (n - i), 1) for i in range(2)]) for n in lengths]
 
 
@@ -148,8 +201,8 @@ def test_the_plan_keeps_to_micro_tokens_and_loses_no_row(script):
     micros = script.plan(rows, 120)
     assert sorted(i for micro in micros for i in micro) == list(range(6))
     for micro in micros:
-        padded = max(len(e.ids) for i in micro for e in rows[i].examples) * 2 * len(micro)
-        assert padded <= 120 or len(micro) == 1  # a longer row runs alone
+        examples = [e for i in micro for e in rows[i].examples]
+        assert max(len(e.ids) for e in examples) * len(examples) <= 120 or len(micro) == 1  # a longer row runs alone
     assert micros == script.plan(rows, 120) and micros[0] == [5]  # deterministic, longest first
     padded = script.plan(rows_of(script, [1000] * 3 + [10] * 3), 10**6)  # no short row beside a long one
     assert padded == [[0, 1, 2], [3, 4, 5]]
@@ -242,7 +295,8 @@ def test_a_ragged_batch_is_left_out_and_epochs_differ(script, flags, policy, cap
     args = script.parse_args(flags(script, "--batch_size", 7))
     rows, _ = script.load_data(AutoTokenizer.from_pretrained(policy), args)
     first, second = (script.epoch_batches(rows, epoch, args) for epoch in (0, 1))
-    assert [len(batch) for batch in first] == [7] * (len(rows) // 7)
+    sizes = [sum(getattr(row, "desirable", 0) is not None for row in batch) for batch in first]
+    assert sizes == [7] * (len(rows) // 7)
     assert first != second and first == script.epoch_batches(rows, 0, args)
 
 
@@ -258,6 +312,89 @@ def test_a_run_over_gsm8k_pairs_learns_them(run, policy, tmp_path):
     lines = metrics_of(tmp_path / "run")
     assert summary["steps"] == 12 and summary["tokens"] > 10_000
     assert sum(m["accuracy"] for m in lines[-4:]) / 4 > 0.5
+
+
+def test_a_run_over_gsm8k_labels(run, tmp_path):
+    from conftest import SHARED
+
+    path = SHARED / "gsm8k_labels.jsonl"
+    if not path.exists():
+        pytest.skip(f"{path} is not there")
+    summary = run(kto, "--data", path, "--max_rows", 64, "--max_length", 256, "--steps", 8, "--eval_size", 4,
+                  "--micro_tokens", 2048)  # fmt: skip
+    assert summary["steps"] == 8 and set(summary["after"]) >= {"eval_loss", "eval_above_median"}
+
+
+@pytest.mark.parametrize("k", [0, 100])
+def test_a_window_scores_each_row_once(script, run, monkeypatch, k):
+    """Two epochs in one window: the policy has not changed, so a row's scores have not."""
+    scored = []
+    score = script.score
+    monkeypatch.setattr(script, "score", lambda model, rows, *more: scored.extend(rows) or score(model, rows, *more))
+    monkeypatch.setattr(script, "describe", lambda *args: None)
+    run(script, "--sync_every", k, "--steps", 10, "--eval_size", 0)
+    trained = [row for row in scored if getattr(row, "desirable", 0) is not None]
+    assert len(trained) == 48
+
+
+def test_kto_by_hand():
+    """σ(ln 3) = 3/4: the losses of rewards ln 3 and −ln 3 about ẑ0 = 0, by class and weight."""
+    z = torch.tensor([[math.log(3)], [math.log(3)], [-math.log(3)], [-math.log(3)]])
+    mask, desirable = torch.ones(4, 1).bool(), torch.tensor([True, False, True, False])
+    losses = kto.kto_loss(z, mask, desirable, torch.tensor(0.0), 1.0, 2.0, 3.0)
+    torch.testing.assert_close(losses, torch.tensor([0.5, 2.25, 1.5, 0.75]))
+    shifted = kto.kto_loss(z, mask, desirable, torch.tensor(math.log(3)), 1.0, 1.0, 1.0)
+    torch.testing.assert_close(shifted[:2], torch.tensor([0.5, 0.5]))
+
+
+def test_the_reference_point_gets_no_gradient(run, policy, spy, monkeypatch):
+    """The gradient of the trained rows alone, with ẑ0 a number."""
+    points = []
+    loss = kto.kto_loss
+    monkeypatch.setattr(kto, "kto_loss", lambda z, m, d, kl, *more: points.append(kl) or loss(z, m, d, kl, *more))
+    run(kto, "--lr", 1e-2)
+    assert points and not any(point.requires_grad for point in points)
+
+
+def test_mismatched_pairs_skip_the_own_prompt():
+    """Pairs taken apart stand side by side: the next response to *another* prompt is taken."""
+    def row(prompt, response):
+        return kto.Row([common.Example([prompt, response], 1)], True)
+
+    batch = [row(1, 10), row(1, 11), row(2, 20), row(3, 30), row(1, 12)]
+    found = [tuple(r.examples[0].ids) for r in kto.mismatched(batch, 64)]
+    assert found == [(1, 20), (1, 20), (2, 30), (3, 12), (1, 20)]
+    assert all(r.desirable is None for r in kto.mismatched(batch, 64))
+    long = kto.Row([common.Example([7] * 9 + [8], 9)], False)
+    assert [len(r.examples[0].ids) for r in kto.mismatched([long, row(1, 2)], 10)] == [10, 2]
+
+
+def test_a_batch_of_one_class_in_mixed_data(run, data, tmp_path, monkeypatch):
+    batches = kto.epoch_batches
+
+    def sorted_batches(rows, epoch, args):
+        rows = sorted(rows, key=lambda row: row.desirable)
+        monkeypatch.setattr(kto.random.Random, "sample", lambda self, items, n: list(items))
+        return batches(rows, epoch, args)
+
+    monkeypatch.setattr(kto, "epoch_batches", sorted_batches)
+    run(kto, "--eval_size", 0)
+    first = metrics_of(tmp_path / "run")[1]
+    assert "reward_undesirable" in first and "reward_desirable" not in first and "margin" not in first
+
+
+def test_pairs_are_taken_apart(policy):
+    tokenizer = AutoTokenizer.from_pretrained(policy)
+    args = kto.parse_args(["--model", "x", "--data", "x"])
+    user, a = [{"role": "user", "content": "a"}], [{"role": "assistant", "content": "b"}]
+    b = [{"role": "assistant", "content": "c"}]
+    for row in ({"prompt": "a", "chosen": "b", "rejected": "c"}, {"chosen": user + a, "rejected": user + b}):
+        rows = kto.encode_row(tokenizer, row, "here:1", args)
+        texts = [(tokenizer.decode(r.examples[0].ids), r.desirable) for r in rows]
+        head = "<|user|>a<|end|><|assistant|>"
+        assert texts == [(head + "b<|end|>", True), (head + "c<|end|>", False)]
+    (row,) = kto.encode_row(tokenizer, {"prompt": user, "completion": a, "label": 1}, "here:1", args)
+    assert row.desirable is True
 
 
 def test_sizes_and_splits(script, flags, policy, data, tmp_path):
