@@ -713,10 +713,10 @@ def main(args: argparse.Namespace) -> dict:
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
     tokenizer = load_tokenizer(args)
     rows, eval_rows = load_data(tokenizer, args)
-    per_epoch = [len(epoch_batches(rows, epoch, args)) for epoch in range(args.epochs)]
-    steps = args.steps or sum(per_epoch)
+    steps = args.steps or sum(len(epoch_batches(rows, e, args)) for e in range(args.epochs))
     model = load_policy(tokenizer, rows[0].examples[0], args)
-    ragged = len(rows) - per_epoch[0] * args.batch_size
+    used = {id(row) for batch in epoch_batches(rows, 0, args) for row in batch}
+    ragged = sum(id(row) not in used for row in rows)
     print(f"{steps} updates; {ragged} rows of an epoch fill no batch and are left out of it")
 
     digest = hashlib.sha256(repr([row.examples for row in rows + eval_rows]).encode()).hexdigest()

@@ -17,10 +17,11 @@ import torch  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 
 import humanline_dpo  # noqa: E402
+import humanline_grpo  # noqa: E402
 import humanline_kto  # noqa: E402
 import toy_world  # noqa: E402
 
-SCRIPTS = {"dpo": humanline_dpo, "kto": humanline_kto}
+SCRIPTS = {"dpo": humanline_dpo, "kto": humanline_kto, "grpo": humanline_grpo}
 SHARED = ROOT.parent / "shared" / "data"
 
 
@@ -56,6 +57,9 @@ def make_rows(kind: str, count: int, seed: int = 0) -> list[dict]:
     prompts = [text()[: rng.randint(3, 9)] + str(i) for i in range(count)]
     if kind == "kto":
         return [{"prompt": p, "completion": text(), "label": rng.random() < 0.5} for p in prompts]
+    if kind == "grpo":
+        rewards = ([rng.random(), rng.random()] for _ in prompts)
+        return [{"prompt": p, "completions": [text(), text()], "rewards": r} for p, r in zip(prompts, rewards)]
     return [{"prompt": p, "chosen": text(), "rejected": text()} for p in prompts]
 
 

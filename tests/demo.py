@@ -22,6 +22,7 @@ COMMON = ["--max_length", "64", "--steps", "200", "--eval_every", "0", "--save_e
 RUNS = [  # (script, data, flags of plain, flags of humanline): each side at the best of a few settings tried
     ("humanline_dpo", "pairs", "--plain --beta 0.1 --lr 3e-4", "--sync_every 1 --beta 1.0 --lr 3e-4"),
     ("humanline_kto", "labels", "--plain --beta 0.1 --lr 3e-4", "--sync_every 8 --beta 0.1 --lr 1e-4"),
+    ("humanline_grpo", "groups", "--plain --lr 3e-4", "--sync_every 16 --lr 3e-4"),
 ]
 
 

@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import humanline_dpo as dpo
+import humanline_grpo as grpo
 import humanline_kto as kto
 from common import BadInput
 from conftest import make_rows, metrics_of, write_jsonl
@@ -59,6 +60,8 @@ BAD_FLAGS = [
 
 @pytest.mark.parametrize("argv, words", BAD_FLAGS, ids=lambda x: x if x.startswith("--") else "")
 def test_bad_flags(script, refused, argv, words):
+    if script is grpo and argv == "--beta 0":
+        pytest.skip("GRPO without a KL term is fine")
     refused(script, words, *argv.split())
 
 
@@ -150,6 +153,33 @@ def test_kto_needs_two_prompts_in_a_batch(refused, tmp_path):
     rows = [dict(row, prompt="abc") for row in make_rows("kto", 48)]
     path = write_jsonl(tmp_path / "rows.jsonl", rows)
     refused(kto, "a batch holds responses to one prompt only", "--data", path, "--eval_size", 0)
+
+
+BAD_GROUPS = [
+    ({"rewards": [1.0]}, "bad.jsonl:18: fields 'completions', 'rewards': not two lists of one length"),
+    ({"rewards": 1.0}, "not two lists of one length"),
+    ({"completions": ["a"], "rewards": [1.0]}, "field 'completions': 1 completion; a group needs two"),
+    ({"rewards": [1.0, float("nan")]}, "field 'rewards': nan; it must be a finite number"),
+    ({"rewards": [1.0, float("inf")]}, "field 'rewards': inf"),
+    ({"rewards": [1.0, "1"]}, "field 'rewards': '1'"),
+    ({"rewards": [1.0, True]}, "field 'rewards': True"),
+    ({"rewards": None, "reward": [1, 2]}, "no field 'rewards' among prompt, completions, reward; did you mean 'reward'?"),
+    ({"completions": ["a", ""]}, "field 'completions': empty"),
+    ({"completions": ["a"] * 9, "rewards": [1.0] * 9}, "9 responses, more than --batch_size 8; raise it"),
+    ({"prompt": None}, "no field 'prompt' among completions, rewards"),
+]
+
+
+@pytest.mark.parametrize("change, words", BAD_GROUPS, ids=lambda x: str(x)[:40])
+def test_bad_groups(refused, tmp_path, change, words):
+    rows = make_rows("grpo", 48)
+    rows[17] = {key: value for key, value in (rows[17] | change).items() if value is not None}
+    refused(grpo, words, "--data", write_jsonl(tmp_path / "bad.jsonl", rows))
+
+
+def test_a_lone_response_is_no_group(refused, tmp_path):
+    rows = [{"prompt": f"a{i // 2}", "completion": f"b{i}", "reward": i} for i in range(47)]
+    refused(grpo, "one response; a group needs two", "--data", write_jsonl(tmp_path / "bad.jsonl", rows))
 
 
 def test_equal_responses_are_dropped_and_counted(run, refused, tmp_path, capsys):

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import humanline_dpo
+import humanline_grpo
 import humanline_kto
 
 CASES = json.loads((Path(__file__).parent / "data" / "golden_losses.json").read_text())
@@ -56,6 +57,31 @@ def test_kto_loss_and_gradient_are_the_authors(case):
     ours.mean().backward()
     torch.testing.assert_close(ours, losses, rtol=1e-6, atol=1e-9)
     torch.testing.assert_close(logp.grad, grad, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: f"seed{c['seed']}")
+def test_grpo_loss_and_gradient_are_the_authors(case):
+    c = case["grpo"]
+    logp, ref_logp, mask, advantage, grad = tensors(c, "logp", "ref_logp", "mask", "advantage", "grad")
+    logratio, mask = logp.requires_grad_() - ref_logp, mask.bool()
+    perceived = perceived_as_in(humanline_grpo, case, logratio, mask)
+    ours = humanline_grpo.grpo_loss(logratio, perceived, mask, advantage, c["epsilon"], c["beta"])
+    loss = ours.sum() / mask.sum()
+    loss.backward()
+    assert loss.item() == pytest.approx(c["token_mean_loss"], rel=1e-6)
+    torch.testing.assert_close(logp.grad, grad, rtol=1e-6, atol=1e-9)
+    still = humanline_grpo.grpo_loss(logratio, perceived, mask, 0 * advantage, c["epsilon"], 1.0)
+    assert (still.sum() / mask.sum()).item() == pytest.approx(c["token_mean_kl"], rel=1e-6)
+
+
+def test_grpo_exponents_are_bounded():
+    """A log-ratio of ±1000, unclipped: finite loss, finite gradient, and 0 on padding whatever it holds."""
+    z = torch.tensor([[1000.0, -1000.0, math.nan]], requires_grad=True)
+    mask = torch.tensor([[True, True, False]])
+    for advantage in (1.0, -1.0):
+        losses = humanline_grpo.grpo_loss(z, z, mask, torch.tensor([advantage]), 0.2, 0.1)
+        (gradient,) = torch.autograd.grad(losses.sum(), z)
+        assert losses.isfinite().all() and gradient.isfinite().all() and losses[0, 2] == 0
 
 
 def test_dpo_loss_by_hand():

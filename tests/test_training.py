@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import common
 import humanline_dpo as dpo
+import humanline_grpo as grpo
 import humanline_kto as kto
 from conftest import make_rows, metrics_of, write_jsonl
 
@@ -54,6 +55,14 @@ def run_with_second_model(script, policy, batches, k, copy_after=False):
         if script is dpo:
             logratio, mask, z = perceived([row.examples[side] for side in (0, 1) for row in rows])
             loss = dpo.dpo_loss(z, mask, 0.5).mean()
+        elif script is grpo:
+            logratio, mask, z = perceived([row.examples[0] for row in rows])
+            rewards = torch.tensor([row.reward for row in rows]).view(-1, 2)  # groups of two
+            centred = rewards - rewards.mean(-1, keepdim=True)
+            advantage = (centred / (rewards.std(-1, correction=0, keepdim=True) + 1e-4)).view(-1, 1)
+            gain = torch.min(z.exp() * advantage, z.exp().clamp(0.8, 1.2) * advantage)
+            raw = torch.where(mask, logratio, 0.0)
+            loss = (torch.where(mask, 0.5 * ((-raw).exp() + raw - 1) - gain, 0.0)).sum() / mask.sum()
         else:
             with torch.no_grad():
                 point = perceived(mismatch(rows))[2].sum(-1).mean().clamp_min(0)
@@ -81,7 +90,7 @@ def batches_of(script, flags, policy, seen):
     args = script.parse_args(flags(script))
     rows, _ = script.load_data(AutoTokenizer.from_pretrained(policy), args)
     batches = [batch for epoch in range(2) for batch in script.epoch_batches(rows, epoch, args)][: len(seen)]
-    if script is kto:
+    if script is not dpo:
         return [batch[:8] for batch in batches]  # in batch order; sorted by length below
     return [sorted(batch, key=lambda row: -max(len(e.ids) for e in row.examples)) for batch in batches]
 
@@ -101,7 +110,7 @@ def test_the_cache_is_a_second_model_copied_before_the_update(script, run, spy, 
         worst = 0.0
         for (examples, ours, _), rows, theirs in zip(seen, batches, ratios):
             order = range(len(examples))  # DPO's rows are in the order of the run already
-            if script is kto:
+            if script is not dpo:
                 order = [[row.examples[0] for row in rows].index(e) for e in examples]
             worst = max(worst, (ours - theirs[list(order)]).abs().max().item())
         return worst
@@ -155,8 +164,9 @@ def test_the_first_update_is_its_own_reference(script, run, tmp_path):
     first = metrics_of(tmp_path / "run")[1]
     assert first["abs_logratio"] == 0 and first["unclipped"] == 1.0
     assert first["clipped_low"] == first["clipped_high"] == 0
-    assert first["loss"] == pytest.approx({dpo: math.log(2), kto: 0.5}[script], abs=1e-7)
-    assert first["kl"] == 0 if script is kto else first["accuracy"] == 0.5
+    if script is not grpo:
+        assert first["loss"] == pytest.approx({dpo: math.log(2), kto: 0.5}[script], abs=1e-7)
+    assert first["accuracy"] == 0.5 if script is dpo else first["kl"] == 0
 
 
 def gradient(script, run, flags, tmp_path, *more):
@@ -193,6 +203,8 @@ def rows_of(script, lengths):
     """Rows whose longest example has the given length."""
     if script is kto:
         return [kto.Row([common.Example([1] * n, 1)], True) for n in lengths]
+    if script is grpo:
+        return [grpo.Row([common.Example([1] * n, 1)], i, 0.0) for i, n in enumerate(lengths)]
     return [script.Row([common.Example([1] * (n - i), 1) for i in range(2)]) for n in lengths]
 
 
@@ -296,7 +308,8 @@ def test_a_ragged_batch_is_left_out_and_epochs_differ(script, flags, policy, cap
     rows, _ = script.load_data(AutoTokenizer.from_pretrained(policy), args)
     first, second = (script.epoch_batches(rows, epoch, args) for epoch in (0, 1))
     sizes = [sum(getattr(row, "desirable", 0) is not None for row in batch) for batch in first]
-    assert sizes == [7] * (len(rows) // 7)
+    full = 6 if script is grpo else 7  # GRPO's groups of two are whole
+    assert sizes == [full] * (len(rows) // full)
     assert first != second and first == script.epoch_batches(rows, 0, args)
 
 
@@ -332,9 +345,63 @@ def test_a_window_scores_each_row_once(script, run, monkeypatch, k):
     score = script.score
     monkeypatch.setattr(script, "score", lambda model, rows, *more: scored.extend(rows) or score(model, rows, *more))
     monkeypatch.setattr(script, "describe", lambda *args: None)
-    run(script, "--sync_every", k, "--steps", 10, "--eval_size", 0)
+    run(script, "--sync_every", k, "--steps", 20, "--eval_size", 0)
     trained = [row for row in scored if getattr(row, "desirable", 0) is not None]
-    assert len(trained) == 48
+    assert len(trained) == len(set(map(id, trained))) == (96 if script is grpo else 48)
+
+
+def test_advantages_by_hand():
+    assert grpo.group_advantages([0.7] * 7) == [0.0] * 7  # exactly
+    assert grpo.group_advantages([1, 0, 0, 1]) == pytest.approx([1, -1, -1, 1], abs=3e-4)
+    advantages = grpo.group_advantages([3.0, 1.0])
+    assert advantages == pytest.approx([1 / 1.0001, -1 / 1.0001])
+
+
+def test_equal_rewards_make_no_update(run, policy, tmp_path):
+    rows = [dict(row, rewards=[0.7, 0.7]) for row in make_rows("grpo", 48)]
+    run(grpo, "--data", write_jsonl(tmp_path / "rows.jsonl", rows), "--beta", 0)
+    before, after = load(policy).state_dict(), load(tmp_path / "run" / "final").state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert all(m["frac_zero_std"] == 1 and m["grad_norm"] == 0 for m in metrics_of(tmp_path / "run")[1:])
+
+
+def test_groups_stay_together_as_far_as_micro_tokens_allow():
+    def row(group, length):
+        return grpo.Row([common.Example([1] * length, 1)], group, 0.0)
+
+    rows = [row(0, 10), row(0, 30), row(1, 20), row(1, 28), row(2, 9), row(2, 9)]
+    assert grpo.plan(rows, 10**6) == [[1, 0, 3, 2, 4, 5]]
+    assert grpo.plan(rows, 60) == [[1, 0], [3, 2], [4, 5]]
+    assert grpo.plan(rows, 30) == [[1], [0], [3], [2], [4, 5]]
+
+
+def test_groups_of_any_size_and_form(run, policy, tmp_path, capsys):
+    """Rows of one prompt are a group; batches are whole groups filled to --batch_size."""
+    rows = [{"prompt": f"a{i % 5}", "completion": f"{i}", "reward": i} for i in range(17)]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    args = grpo.parse_args(["--model", str(policy), "--data", str(path), "--batch_size", "7", "--eval_size", "0"])
+    found, _ = grpo.load_data(AutoTokenizer.from_pretrained(policy), args)
+    assert [len(group) for group in grpo.groups_of(found)] == [4, 4, 3, 3, 3]
+    for group in grpo.groups_of(found):
+        assert [r.advantage for r in group] == grpo.group_advantages([r.reward for r in group])
+    for batch in grpo.epoch_batches(found, 0, args):
+        assert len(batch) <= 7
+        assert all(len([r for r in batch if r.group == g]) in (3, 4) for g in {r.group for r in batch})
+    armorm = {"prompt": "q", "all_generated_responses": ["a", "b", "c"], "all_rm_scores": [0.1, 0.2, 0.3],
+              "chosen": [], "rejected": []}  # fmt: skip
+    responses = grpo.encode_row(AutoTokenizer.from_pretrained(policy), armorm, "here:1", args)
+    assert [r.reward for r in responses] == [0.1, 0.2, 0.3]
+
+
+def test_a_run_over_gsm8k_groups(run, tmp_path):
+    from conftest import SHARED
+
+    path = SHARED / "gsm8k_groups.jsonl"
+    if not path.exists():
+        pytest.skip(f"{path} is not there")
+    summary = run(grpo, "--data", path, "--max_rows", 32, "--max_length", 256, "--steps", 6, "--eval_size", 4,
+                  "--micro_tokens", 2048)  # fmt: skip
+    assert summary["steps"] == 6 and 0 <= summary["after"]["eval_agreement"] <= 1
 
 
 def test_kto_by_hand():

@@ -1,0 +1,856 @@
+r"""Humanline GRPO: group relative policy optimization on fixed groups that learns as if fresh.
+
+Paper: "Humanline: Online Alignment as Perceptual Loss" (arXiv 2509.24207), on top of GRPO (Shao et
+al. 2024, arXiv 2402.03300). People perceive rare and common outcomes with a bias; with that bias
+built into the loss, training on offline data comes out as strong as on freshly sampled data.
+It adds two things to GRPO:
+
+  syncing   every k updates the reference becomes the policy as it was just before the update;
+  clipping  every token's log-ratio is clipped to [log ε_P, log ε_R] before it is exponentiated.
+
+    z_t = log π_θ(y_t | x, y_<t) − log π_ref(y_t | x, y_<t)
+    r_t = exp( clamp(z_t, log ε_P, log ε_R) )
+    A   = (reward − mean of its group) / (std of its group + 1e-4)
+    L_t = −min( r_t A, clip(r_t, 1 − ε, 1 + ε) A ) + β (exp(−z_t) + z_t − 1),  mean over all tokens
+
+  symbol         variable                shape    meaning
+  B, T                                            sequences of a micro-batch; longest response
+  log π_θ        logp                    (B, T)   policy log-prob of each response token, nats
+  log π_ref      ref_logp                (B, T)   the same under the reference, a constant
+                 mask                    (B, T)   true on response tokens, end of turn included
+  z              logratio                (B, T)   log π_θ − log π_ref
+                 perceived               (B, T)   the log-ratio after clipping (or sampling)
+  log ε_P, ε_R   log_eps_P, log_eps_R    floats   clip bounds, log ε_P < 0 < log ε_R
+  k              sync_every              int      updates between two syncs; 0 = never
+  A              advantage               (B,)     group-normalised reward
+  ε, β           epsilon, beta           floats   PPO's clip; weight of the KL estimate (k3)
+
+The reference is no second model. All it is ever asked for are the log-probs of the next k batches,
+so at a sync the policy itself scores these and the numbers are kept: the same as copying weights.
+
+Departures: one reference for ratio and KL (TRL takes the KL to the initial model); std + 1e-4 of
+the population (HALOs 1e-2, TRL the sample's); M_P and M_R of humanline sampling per response; means
+over the whole update, however it is cut; the reference lags one update on one GPU too.
+
+    python humanline_grpo.py --model Qwen/Qwen2.5-1.5B-Instruct \
+        --data princeton-nlp/llama3-ultrafeedback-armorm
+
+You should see abs_logratio 0 and unclipped 1.000 at the first update, where the policy still is its
+own reference. `--plain` is the baseline.
+"""
+
+import argparse
+import collections
+import difflib
+import functools
+import hashlib
+import itertools
+import json
+import math
+import os
+import random
+import resource
+import shutil
+import signal
+import statistics
+import sys
+import time
+import zipfile
+from pathlib import Path
+from typing import NamedTuple
+
+import datasets
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from common import BadInput, Example, check_model, encode, response_logps
+
+# ==================================================================================================
+# 1. Arguments
+# ==================================================================================================
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line; (*) marks a default that the paper does not give."""
+    parser = argparse.ArgumentParser(
+        description="Humanline GRPO (arXiv 2509.24207). (*): the paper gives no such default.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument_group("model and data").add_argument
+    add("--model", required=True, help="Hugging Face folder or Hub id of the policy")
+    add("--data", required=True, help=".jsonl, .json, .parquet or Hub id[:config[:split]]")
+    add("--eval_data", help="the same for held-out rows; without it prompts of --data are held out")
+    add("--eval_size", type=int, help="held-out prompts; 0 = none; None = min(128, 5%%) (*)")
+    add("--max_rows", type=int, help="use only the first rows of --data")
+    add("--raw", action="store_true", help="leave string prompts as they are: no chat template")
+    add("--max_length", type=int, default=2048, help="tokens of prompt and response together (*)")
+    add("--output_dir", default="runs/grpo", help="checkpoints, metrics.jsonl and final/ go here")
+    add("--resume", action="store_true", help="go on from the newest whole checkpoint")
+    add("--overwrite", action="store_true", help="replace the run in --output_dir")
+    add = parser.add_argument_group("method").add_argument
+    add("--humanline", choices=["clip", "sample", "off"], default="clip", help="perception")
+    add("--log_eps_P", type=float, default=-1.5, help="lower clip bound, nats")
+    add("--log_eps_R", type=float, default=1.5, help="upper clip bound, nats")
+    add("--gamma_P", type=float, default=0.5, help="with --humanline sample: Beta(gamma_P, 1)")
+    add("--gamma_R", type=float, default=0.01, help="with --humanline sample: Beta(gamma_R, 1)")
+    add("--sync_every", type=int, default=16, help="k: updates between two syncs; 0 = never")
+    add("--plain", action="store_true", help="the baseline: --humanline off --sync_every 0")
+    add("--beta", type=float, default=1e-4, help="weight of the KL estimate")
+    add("--epsilon", type=float, default=0.2, help="PPO's clip of the perceived ratio (*)")
+    add = parser.add_argument_group("training").add_argument
+    add("--steps", type=int, help="updates; not given: as many as --epochs makes")
+    add("--epochs", type=int, default=1, help="passes over the data (*)")
+    add("--batch_size", type=int, default=64, help="responses of an update, in whole groups")
+    add("--micro_tokens", type=int, default=16384, help="padded tokens of a forward/backward (*)")
+    add("--lr", type=float, default=1e-6, help="of AdamW, constant after the warm-up (*)")
+    add("--warmup", type=int, default=10, help="updates of linear warm-up; the first is not 0 (*)")
+    add("--max_grad_norm", type=float, default=1.0, help="bound of the gradient's norm (*)")
+    add("--activation_checkpointing", action="store_true", help="slower, less memory")
+    add("--eval_every", type=int, default=100, help="updates between evaluations, 0 = none (*)")
+    add("--save_every", type=int, default=100, help="updates between checkpoints, 0 = none (*)")
+    add("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--seed", type=int, default=0, help="of the data's order and of humanline sampling")
+    args = parser.parse_args(argv)
+    if args.plain:
+        args.humanline, args.sync_every = "off", 0
+    return args
+
+
+FLAG_CHECKS = [  # (flags, what must hold, in words)
+    ("lr epsilon max_grad_norm gamma_P gamma_R", lambda v: 0 < v < math.inf, "positive and finite"),
+    ("beta", lambda v: 0 <= v < math.inf, "0 or positive, and finite"),
+    ("batch_size micro_tokens max_rows steps epochs", lambda v: v > 0, "at least 1"),
+    ("max_length", lambda v: v > 1, "at least 2"),
+    ("sync_every warmup eval_every save_every eval_size", lambda v: v >= 0, "0 or more"),
+    ("log_eps_P", lambda v: v < 0, "below 0, where a ratio of 1 lies"),
+    ("log_eps_R", lambda v: v > 0, "above 0, where a ratio of 1 lies"),
+    ("device", lambda v: v == "cpu" or torch.cuda.is_available(), "cpu: there is no CUDA GPU"),
+    ("model", lambda v: not is_path(v) or os.path.isdir(v), "an existing folder or a Hub id"),
+]
+
+
+def is_path(name: str) -> bool:
+    """Whether a name is a file or folder here, not a Hub id (org/name), which would be fetched."""
+    return name.count("/") > 1 or name[:1] in "./~" or os.path.exists(name.partition("/")[0])
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """Raise BadInput for the first flag out of range, or an output folder that cannot be used."""
+    for flags, holds, words in FLAG_CHECKS:
+        for flag in flags.split():
+            value = getattr(args, flag)
+            if value is not None and not holds(value):
+                raise BadInput(f"--{flag} {value}: must be {words}")
+    folder = Path(args.output_dir)
+    parent = next(p for p in [folder, *folder.absolute().parents] if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise BadInput(f"--output_dir {folder}: {parent} is no folder to write in; name another")
+    if folder.is_dir() and any(folder.iterdir()) and not (args.resume or args.overwrite):
+        raise BadInput(f"--output_dir {folder}: not empty; add --resume or --overwrite, or rename")
+
+
+# ==================================================================================================
+# 2. Data
+# ==================================================================================================
+
+
+class Row(NamedTuple):
+    """One response of a group, with the reference's frozen scores once it is in a window."""
+
+    examples: list[Example]  # [response]
+    group: int | str  # responses of one group stand side by side
+    reward: float
+    advantage: float = math.nan  # over the whole group
+    ref_logp: list[Tensor] | None = None  # for each example (T,) float32 on the CPU, nats
+
+
+def read_rows(source: str) -> list[tuple[str, dict]]:
+    """The rows of a file or Hub data set, each with its place, as in "pairs.jsonl:17"."""
+    path = Path(source)
+    if path.suffix == ".jsonl" and path.is_file():
+        lines = enumerate(path.read_bytes().split(b"\n"), 1)
+        return [read_line(line, f"{path.name}:{i}") for i, line in lines if line.strip()]
+    name, config, split = (source.split(":") + ["", ""])[:3]
+    options = {"path": name, "name": config or None, "split": split or "train"}
+    if path.suffix in (".json", ".parquet") and path.is_file():
+        options = {"path": path.suffix[1:], "data_files": source, "split": "train"}
+    elif path.suffix in (".jsonl", ".json", ".parquet") or is_path(name):
+        raise BadInput(f"{source}: no such .jsonl, .json or .parquet file; check the path")
+    try:
+        return [(f"{source}[{i}]", row) for i, row in enumerate(datasets.load_dataset(**options))]
+    except Exception as error:  # whatever a broken file or the Hub raises, its message says it
+        reason = " ".join(str(error).split())
+        raise BadInput(f"{source}: {reason}; name Hub data as id[:config[:split]]") from error
+
+
+def read_line(line: bytes, where: str) -> tuple[str, dict]:
+    """One line of a .jsonl file. `datasets` would not say which line is wrong."""
+    try:
+        row = json.loads(line.decode())
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{where}: not UTF-8 ({error.reason}); save the file as UTF-8") from error
+    except json.JSONDecodeError as error:
+        raise BadInput(f"{where}: not JSON ({error}); mend or drop the line") from error
+    if not isinstance(row, dict):
+        raise BadInput(f"{where}: not an object but {line[:20]!r}; write one {{...}} a line")
+    return where, row
+
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+FIELD_CHECKS = [  # (what is wrong with a text or a list of messages, in words, how to mend it)
+    (lambda v: v is None, "null", "give it a text or drop the row"),
+    (lambda v: not isinstance(v, (str, list)), "neither text nor messages", "write one of them"),
+    (lambda v: isinstance(v, str) and not v.strip(), "empty", "give it a text or drop the row"),
+    (lambda v: v == [], "no message", "give it one or drop the row"),
+    (lambda v: isinstance(v, list) and not all(isinstance(m, dict) for m in v),
+     "a message that is no object", 'write {"role": ..., "content": ...}'),
+    (lambda v: isinstance(v, list) and any(m.get("role") not in ROLES for m in v),
+     "a message with a bad role", "use one of " + ", ".join(ROLES)),
+    (lambda v: isinstance(v, list) and not all(isinstance(m.get("content"), str) for m in v),
+     "a message whose content is no text", "give it a text"),
+    (lambda v: isinstance(v, list) and not v[-1]["content"].strip(),
+     "its last message is empty", "give it a text or drop the row"),
+    (lambda v: any("\ud800" <= c <= "\udfff" for text in ([v] if isinstance(v, str) else
+                   [m["content"] for m in v]) for c in text),
+     "a lone surrogate, which is no character", "write the file as UTF-8"),
+]
+
+
+def field(row: dict, name: str, where: str) -> str | list[dict]:
+    """A row's text or messages, checked; of messages only role and content are kept."""
+    if name not in row:
+        near = difflib.get_close_matches(name, row, 1)
+        mend = f"did you mean '{near[0]}'?" if near else "rename the column"
+        raise BadInput(f"{where}: no field '{name}' among {', '.join(row) or 'none'}; {mend}")
+    value = row[name]
+    for wrong, words, mend in FIELD_CHECKS:
+        if wrong(value):
+            raise BadInput(f"{where}: field '{name}': {words}; {mend}")
+    if isinstance(value, str):
+        return value
+    return [{"role": m["role"], "content": m["content"]} for m in value]
+
+
+def prompt_and_response(row: dict, name: str, where: str) -> tuple:
+    """Both as text or messages; a whole dialogue in the response's column wins over a prompt."""
+    response = field(row, name, where)
+    if isinstance(response, str) and "prompt" not in row:
+        raise BadInput(f"{where}: field '{name}': text without a field 'prompt' (among "
+                       f"{', '.join(row)}); add it, or write the dialogue as messages")
+    if isinstance(response, list) and response[-1]["role"] != "assistant":
+        raise BadInput(f"{where}: field '{name}': ends with no assistant message; drop the rest")
+    whole = isinstance(response, list) and len(response) > 1
+    prompt = response[:-1] if whole else field(row, "prompt", where)
+    if isinstance(prompt, list) and prompt[-1]["role"] == "assistant":
+        raise BadInput(f"{where}: field '{name}': two assistant messages end it; merge them")
+    return prompt, response[-1:] if whole else response
+
+
+GROUP_COLUMNS = [("completions", "rewards"), ("all_generated_responses", "all_rm_scores")]
+
+
+def encode_row(tokenizer, row: dict, where: str, args: argparse.Namespace) -> list[Row] | str:
+    """A scored group, or one {prompt, completion, reward}; or in words why it is dropped."""
+    names = next((names for names in GROUP_COLUMNS if names[0] in row), ("completion", "reward"))
+    if names[1] not in row and names[0] in row:
+        near = difflib.get_close_matches(names[1], row, 1)
+        mend = f"did you mean '{near[0]}'?" if near else "rename the column"
+        raise BadInput(f"{where}: no field '{names[1]}' among {', '.join(row)}; {mend}")
+    one = names[0] == "completion"
+    texts, rewards = ([row.get(name)] if one else row.get(name) for name in names)
+    if not isinstance(texts, list) or not isinstance(rewards, list) or len(texts) != len(rewards):
+        raise BadInput(f"{where}: fields '{names[0]}', '{names[1]}': not two lists of one length; "
+                       "give each completion its reward")
+    if len(texts) < 2 and not one:
+        raise BadInput(f"{where}: field '{names[0]}': {len(texts)} completion; a group needs two")
+    found = []
+    for text, reward in zip(texts, rewards):
+        if type(reward) not in (int, float) or not math.isfinite(reward):
+            raise BadInput(f"{where}: field '{names[1]}': {reward!r}; it must be a finite number")
+        single = row if one else {"prompt": field(row, "prompt", where), names[0]: text}
+        prompt, response = prompt_and_response(single, names[0], where)
+        example = encode(tokenizer, prompt, response, args.max_length, args.raw)
+        if example is None:
+            return "the prompt leaves no room for a response"
+        found.append(Row([example], "" if one else where, float(reward)))
+    return found
+
+
+def load_rows(source: str, tokenizer, args: argparse.Namespace) -> list[Row]:
+    """Read, check and tokenize a data set; print what was kept and dropped."""
+    raw = read_rows(source)[: args.max_rows]
+    if not raw:
+        raise BadInput(f"{source}: empty; it needs a row")
+    rows, dropped = [], collections.Counter()
+    for where, columns in tqdm(raw, "tokenizing", unit=" rows", leave=False):
+        try:
+            found = encode_row(tokenizer, columns, where, args)
+        except BadInput as error:
+            at = "" if str(error).startswith(where) else f"{where}: "
+            raise BadInput(f"{at}{error}") from error
+        if isinstance(found, str):
+            dropped[found] += 1
+        else:
+            rows += found
+    print(f"{source}: {len(raw) - dropped.total()} rows kept, {dropped.total()} dropped",
+          *(f"({count}: {reason})" for reason, count in dropped.items()))
+    if not rows:
+        raise BadInput(f"{source}: no row is left: {'; '.join(dropped)}; raise --max_length")
+    return rows
+
+
+def prompt_of(row: Row) -> tuple[int, ...]:
+    return tuple(row.examples[0].ids[: row.examples[0].prompt_len])
+
+
+def load_data(tokenizer, args: argparse.Namespace) -> tuple[list[Row], list[Row]]:
+    """Training rows and held-out rows, in groups with their advantages; no prompt is in both."""
+    rows = load_groups(args.data, tokenizer, args)
+    if args.eval_data:
+        eval_rows = load_groups(args.eval_data, tokenizer, args)
+        prompts = list(dict.fromkeys(map(prompt_of, eval_rows)))[: args.eval_size]
+        held_out = set(prompts)
+        eval_rows = [row for row in eval_rows if prompt_of(row) in held_out]
+    else:
+        prompts = list(dict.fromkeys(map(prompt_of, rows)))
+        size = min(128, len(prompts) // 20) if args.eval_size is None else args.eval_size
+        held_out = set(random.Random(args.seed).sample(prompts, min(size, len(prompts))))
+        eval_rows = [row for row in rows if prompt_of(row) in held_out]
+    rows = [row for row in rows if prompt_of(row) not in held_out]
+    groups = groups_of(rows)
+    equal = sum(all(row.advantage == 0 for row in group) for group in groups)
+    print(f"{len(groups)} groups to train on, {equal} of them with equal rewards (advantage 0)")
+    if groups and equal > 0.9 * len(groups):
+        print("warning: nearly all groups have equal rewards and teach nothing; "
+              "look for prompts of middling difficulty or finer rewards")
+    if not epoch_batches(rows, 0, args):
+        raise BadInput(f"{args.data}: {len(rows)} rows to train on fill no batch of "
+                       f"{args.batch_size}; lower --batch_size or --eval_size")
+    return rows, eval_rows
+
+
+def load_groups(source: str, tokenizer, args: argparse.Namespace) -> list[Row]:
+    """Rows side by side in their groups (a row of the file, or all its rows of one prompt)."""
+    groups = collections.defaultdict(list)
+    for row in load_rows(source, tokenizer, args):
+        groups[row.group or prompt_of(row)].append(row)
+    rows = []
+    for number, group in enumerate(groups.values()):
+        where = f"{source}: the group of {str(tokenizer.decode(prompt_of(group[0])))[:60]!r}"
+        if len(group) < 2:
+            raise BadInput(f"{where}: one response; a group needs two or more")
+        if len(group) > args.batch_size:
+            raise BadInput(f"{where}: {len(group)} responses, more than --batch_size "
+                           f"{args.batch_size}; raise it")
+        advantages = group_advantages([row.reward for row in group])
+        rows += [row._replace(group=number, advantage=a) for row, a in zip(group, advantages)]
+    return rows
+
+
+def groups_of(rows: list[Row]) -> list[list[Row]]:
+    return [list(group) for _, group in itertools.groupby(rows, key=lambda row: row.group)]
+
+
+def group_advantages(rewards: list[float]) -> list[float]:
+    """(reward − mean) / (std + 1e-4) over one whole group, population std (Shao et al. 2024,
+    section 4.1.2). Exactly 0 where all are equal: seven times 0.7 minus its mean is not, in floats."""
+    if max(rewards) == min(rewards):
+        return [0.0] * len(rewards)
+    mean = statistics.fmean(rewards)
+    return [(reward - mean) / (statistics.pstdev(rewards) + 1e-4) for reward in rewards]
+
+
+def epoch_batches(rows: list[Row], epoch: int, args: argparse.Namespace) -> list[list[Row]]:
+    """The batches of one epoch: whole groups, in an order of its own, filled to --batch_size
+    responses; a last one with room for another group is dropped."""
+    groups = groups_of(rows)
+    batches, full = [[]], True
+    for group in random.Random(f"{args.seed} {epoch}").sample(groups, len(groups)):
+        if len(batches[-1]) + len(group) > args.batch_size:
+            batches.append([])
+        batches[-1] += group
+        full = len(batches[-1]) == args.batch_size
+    return batches if full and batches[0] else batches[:-1]
+
+
+# ==================================================================================================
+# 4. Perception: how a human would see each token's log-ratio
+# ==================================================================================================
+
+
+def perceive(
+    logratio: Tensor, mask: Tensor, mode: str, log_eps_P: float, log_eps_R: float,
+    gamma_P: float, gamma_R: float, beta_P: float = 1.0, beta_R: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Humanline clipping or sampling (paper, section 4), upstream of any loss.
+
+    logratio, mask: (B, T), nats. Returns the perceived log-ratio (B, T), 0 on padding, and which
+    tokens lost their gradient on the low (P) and on the high (R) side, (B, T) bool.
+
+    "clip"    z clamped to [log_eps_P, log_eps_R]: the gradient is exactly 0 outside, 1 inside.
+    "sample"  a token is rejected, that is keeps its value but no gradient, when
+              π_θ/π_ref < M_P · B_P  or  π_ref/π_θ < M_R · B_R,  with draws B ~ Beta(γ, β) per token
+              and M the response's largest such ratio. Clipping is its limit (theorem 4.3).
+    "off"     z as it is.
+    """
+    z = torch.where(mask, logratio, 0.0)  # masked first: padding never meets a clamp or an exp
+    if mode == "off":
+        return z, torch.zeros_like(mask), torch.zeros_like(mask)
+    if mode == "clip":
+        return z.clamp(log_eps_P, log_eps_R), mask & (z < log_eps_P), mask & (z > log_eps_R)
+    value = z.detach()
+    log_M_P = value.masked_fill(~mask, -math.inf).amax(-1, keepdim=True)  # (B, 1)
+    log_M_R = (-value).masked_fill(~mask, -math.inf).amax(-1, keepdim=True)  # (B, 1)
+    low = mask & (value < log_M_P + sample_log_beta(gamma_P, beta_P, value))
+    high = mask & (-value < log_M_R + sample_log_beta(gamma_R, beta_R, value))
+    return torch.where(low | high, value, z), low, high
+
+
+def sample_log_beta(a: float, b: float, like: Tensor) -> Tensor:
+    """Logs of Beta(a, b) draws, one for each element of `like`.
+
+    Beta = G_a / (G_a + G_b) of Gamma draws, and log G_a = log G_{a+1} + log(U) / a: a draw with
+    a = 0.01 would underflow, its logarithm does not.
+    """
+    log_a, log_b = (
+        torch._standard_gamma(torch.full_like(like, shape + 1)).log()
+        + torch.rand_like(like).clamp_min(torch.finfo(like.dtype).tiny).log() / shape
+        for shape in (a, b)
+    )
+    return log_a - torch.logaddexp(log_a, log_b)
+
+
+# ==================================================================================================
+# 5. Loss
+# ==================================================================================================
+
+
+def grpo_loss(
+    logratio: Tensor, perceived: Tensor, mask: Tensor, advantage: Tensor,
+    epsilon: float, beta: float,
+) -> Tensor:
+    """GRPO (Shao et al. 2024, equation 3) of perceived log-ratios, with the k3 estimate of
+    KL(π_θ ‖ π_ref) of the raw ones (equation 4).
+
+    logratio, perceived, mask: (B, T), nats; advantage: (B,). Returns token losses (B, T), 0 where
+    masked. Exponents are bounded to ±20: plain GRPO would overflow to NaN.
+    """
+    z = torch.where(mask, logratio, 0.0).clamp(-20, 20)
+    ratio = torch.where(mask, perceived, 0.0).clamp(-20, 20).exp()  # (B, T)
+    advantage = advantage[:, None]  # (B, 1)
+    surrogate = torch.min(ratio * advantage, ratio.clamp(1 - epsilon, 1 + epsilon) * advantage)
+    kl = torch.exp(-z) + z - 1
+    return torch.where(mask, beta * kl - surrogate, 0.0)
+
+
+# ==================================================================================================
+# 6. Training
+# ==================================================================================================
+
+
+class Stopped(RuntimeError):
+    """The run cannot go on; what is on disk is whole."""
+
+
+def autocast(args: argparse.Namespace):
+    """Precision: weights, gradients and AdamW float32; matrix products bf16 on CUDA, float32 on a
+    CPU; the log-softmax and all that follows float32."""
+    return torch.autocast(args.device, torch.bfloat16, enabled=args.device == "cuda")
+
+
+MAX_PADDING = 512  # tokens; our choice: about what the start of one more micro-batch costs
+
+
+def plan(rows: list[Row], micro_tokens: int) -> list[list[int]]:
+    """Cut rows, longest groups first, into micro-batches of at most micro_tokens padded tokens.
+
+    A group stays together where it fits, a row that is longer runs alone; a micro-batch also ends
+    where its padding would cost more than a new one. Scoring and training use the same cut: where
+    the policy has not moved since it scored them, the log-ratios are exactly 0. Returns indices.
+    """
+    longest = [max(len(e.ids) for e in row.examples) for row in rows]
+    groups = collections.defaultdict(list)
+    for i in sorted(range(len(rows)), key=lambda i: -longest[i]):
+        groups[rows[i].group].append(i)
+    micros, width, room, padding = [], 0, 0, 0
+    for group in groups.values():  # in the order of their longest rows
+        padding += sum(width - longest[i] for i in group)
+        widest = longest[group[0]]  # wider than the end of a group that was cut
+        if widest > width or len(group) * width > room or padding > MAX_PADDING:
+            micros.append([])
+            width, room, padding = widest, micro_tokens, 0
+        for i in group:
+            if micros[-1] and width > room:  # the group alone is over micro_tokens
+                micros.append([])
+                width, room, padding = longest[i], micro_tokens, 0
+            micros[-1].append(i)
+            room -= width
+    return micros
+
+
+@torch.no_grad()
+def score(model, rows: list[Row], args: argparse.Namespace, title: str = "") -> list[list[Tensor]]:
+    """Log-probs of all responses under the policy as it is now, each (T,) float32 on the CPU."""
+    scored = {}
+    for micro in tqdm(plan(rows, args.micro_tokens), title, leave=False, disable=not title):
+        examples = [e for i in micro for e in rows[i].examples]
+        with autocast(args):
+            logp, _ = response_logps(model, examples)  # (B, T)
+        lines = iter([line[: len(e.ids) - e.prompt_len] for line, e in zip(logp.cpu(), examples)])
+        scored |= {i: [next(lines) for _ in rows[i].examples] for i in micro}
+    return [scored[i] for i in range(len(rows))]
+
+
+def with_reference(rows: list[Row], scores: list[list[Tensor]]) -> list[Row]:
+    return [row._replace(ref_logp=logp) for row, logp in zip(rows, scores)]
+
+
+def next_window(model, stream, size: int, args: argparse.Namespace, title: str = ""):
+    """The next `size` batches, with the policy as it is now for their reference: it scores each of
+    their rows once, batch by batch, in the same cut as in training."""
+    batches, scores = list(itertools.islice(stream, size)), {}
+    for batch in tqdm(batches, title, unit=" batches", leave=False, disable=not title):
+        fresh = [row for row in batch if id(row) not in scores]
+        scores |= zip(map(id, fresh), score(model, fresh, args))
+    return collections.deque(with_reference(b, [scores[id(row)] for row in b]) for b in batches)
+
+
+def accumulate_gradient(model, batch: list[Row], args: argparse.Namespace) -> dict[str, float]:
+    """Forward and backward of one update, micro-batch by micro-batch; returns its metrics."""
+    lengths = [len(e.ids) - e.prompt_len for row in batch for e in row.examples]
+    tokens = sum(lengths)  # every mean is over the whole update, so that the cut changes nothing
+    sums = collections.Counter()  # of tensors: a GPU is asked for them once an update
+    for micro in plan(batch, args.micro_tokens):
+        examples = [batch[i].examples[0] for i in micro]
+        ref_logp = [batch[i].ref_logp[0] for i in micro]
+        ref_logp = pad_sequence(ref_logp, batch_first=True).to(args.device)  # (B, T)
+        advantage = torch.tensor([batch[i].advantage for i in micro]).to(args.device)  # (B,)
+        with autocast(args):
+            logp, mask = response_logps(model, examples)  # (B, T)
+        logratio = logp - ref_logp  # (B, T)
+        # Humanline clipping: one clamp of every token's log-ratio, before the loss sees it.
+        perceived, low, high = perceive(logratio, mask, args.humanline, args.log_eps_P,
+                                        args.log_eps_R, args.gamma_P, args.gamma_R)
+        losses = grpo_loss(logratio, perceived, mask, advantage, args.epsilon, args.beta)  # (B, T)
+        (losses.sum() / tokens).backward()
+
+        z, seen = torch.where(mask, logratio.detach(), 0.0).clamp(-20, 20), perceived.detach()
+        over = (seen > math.log1p(args.epsilon)) & (advantage[:, None] > 0)
+        under = (seen.clamp(-20, 20).exp() < 1 - args.epsilon) & (advantage[:, None] < 0)
+        sums.update({
+            "loss": losses.detach().sum() / tokens,
+            "kl": (torch.exp(-z) + z - 1).sum() / tokens,
+            "ppo_clipped": (mask & (over | under)).sum() / tokens,
+            "unclipped": (mask & ~low & ~high).sum() / tokens,
+            "clipped_low": low.sum() / tokens,
+            "clipped_high": high.sum() / tokens,
+            "abs_logratio": torch.where(mask, logratio.detach(), 0.0).abs().sum() / tokens,
+        })
+    groups, rewards = groups_of(batch), [row.reward for row in batch]
+    return {
+        "tokens": sum(len(e.ids) for row in batch for e in row.examples),
+        **dict(zip(sums, torch.stack(list(sums.values())).tolist())),
+        "reward": statistics.fmean(rewards),
+        "reward_std": statistics.pstdev(rewards),
+        "abs_advantage": statistics.fmean(abs(row.advantage) for row in batch),
+        "frac_zero_std": statistics.fmean(all(r.advantage == 0 for r in group) for group in groups),
+        "response_length": tokens / len(batch),
+        "cut_off": statistics.fmean(len(row.examples[0].ids) == args.max_length for row in batch),
+    }
+
+
+def wins(margin: Tensor) -> Tensor:
+    """1 where the first is ahead, 0 where it is behind, ½ where they are even, as at the start."""
+    return (margin.sign() + 1) / 2
+
+
+# ==================================================================================================
+# 7. Saving and evaluation
+# ==================================================================================================
+
+
+def evaluate(model, eval_rows: list[Row], args: argparse.Namespace) -> dict[str, float]:
+    """Within held-out groups, how often the order of two responses' log-ratios agrees with that of
+    their rewards (½ where the policy is even): the raw log-ratio against the *initial* policy that
+    scored eval_rows, so that numbers compare whatever k is."""
+    now = score(model, eval_rows, args, "evaluating")
+    moved = [(x[0] - row.ref_logp[0]).sum().item() for x, row in zip(now, eval_rows)]
+    moved = iter(moved)
+    ahead = []  # for each pair of responses, by how much the policy prefers the better one
+    for group in groups_of(eval_rows):
+        scored = [(row.reward, next(moved)) for row in group]
+        for (a, x), (b, y) in itertools.combinations(scored, 2):
+            if a != b:
+                ahead.append(x - y if a > b else y - x)
+    return {"eval_agreement": wins(torch.tensor(ahead)).mean().item()} if ahead else {}
+
+
+def save_checkpoint(folder: Path, step: int, state: dict) -> None:
+    """Write step-NNNNNN.pt and keep the last two. It is renamed to that name when it is whole, so a
+    kill leaves the others; with a full disk the run stops, with the part of a file gone."""
+    path, partial = folder / f"step-{step:06d}.pt", folder / f"writing-step-{step:06d}.pt"
+    try:
+        with open(partial, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as error:
+        partial.unlink(missing_ok=True)
+        raise Stopped(f"{path}: not written ({error}); those before it are whole: make room, "
+                      "then go on with --resume") from error
+    for old in sorted(folder.glob("step-*.pt"))[:-2]:
+        old.unlink()
+
+
+def load_checkpoint(folder: Path, run: dict) -> dict | None:
+    """The newest whole checkpoint, or None; says which it passes over.
+
+    Raises BadInput where that one is of another run: other arguments, data or script.
+    """
+    for path in sorted(folder.glob("step-*.pt"), reverse=True):
+        try:
+            with zipfile.ZipFile(path) as file:
+                fault = file.testzip()  # the checksums, at which torch.load does not look
+        except (zipfile.BadZipFile, EOFError, OSError) as error:
+            fault = error
+        if fault:
+            print(f"{path}: damaged ({fault}), passed over and renamed to damaged-{path.name}")
+            path.rename(folder / f"damaged-{path.name}")
+            continue
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        other = [f"{name} {state['run'].get(name)}, not {value}" for name, value in run.items()
+                 if state["run"].get(name) != value]
+        if other:
+            raise BadInput(f"--resume: {path} was made with {'; with '.join(other)}; give the same "
+                           "arguments, or another --output_dir")
+        print(f"resuming from {path}")
+        return state
+    print(f"--resume: no whole checkpoint in {folder}, so it starts over")
+    return None
+
+
+def save_final(model, tokenizer, folder: Path) -> None:
+    """A Hugging Face folder: float32 safetensors and tokenizer, named `final` when it is whole."""
+    partial, final = folder / "writing-final", folder / "final"
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    shutil.rmtree(final, ignore_errors=True)
+    partial.rename(final)
+    print(f"the trained policy is in {final}")
+
+
+SHOWN = {  # what the line on the screen has of metrics.jsonl
+    "loss": "+.4f", "reward": "+.3f", "kl": ".4f", "ppo_clipped": ".3f",
+    "unclipped": ".3f", "abs_logratio": ".4f",
+    "grad_norm": ".2f", "tokens_per_second": ",.0f",
+    "eval_agreement": ".3f",
+}
+
+
+def log(folder: Path, metrics: dict) -> None:
+    """One dict feeds the line on the screen and metrics.jsonl."""
+    shown = [f"{name} {metrics[name]:{form}}" for name, form in SHOWN.items() if name in metrics]
+    tqdm.write(" | ".join([f"step {metrics['step']:5d}/{metrics['steps']}", *shown]))
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write(json.dumps(metrics) + "\n")
+
+
+def peak_memory_gib(args: argparse.Namespace) -> float:
+    """Of the GPU's tensors on CUDA, of the whole process on a CPU."""
+    if args.device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    kilo = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilo / 2**30
+
+
+# ==================================================================================================
+# 8. Main
+# ==================================================================================================
+
+
+def load_tokenizer(args: argparse.Namespace):
+    """The tokenizer. Raises BadInput where it is missing or --max_length is beyond the model."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(args.model)
+        config = AutoConfig.from_pretrained(args.model).get_text_config()
+    except Exception as error:  # whatever a broken folder or the Hub raises, its message says it
+        raise BadInput(f"--model {args.model}: {' '.join(str(error).split())}") from error
+    context = getattr(config, "max_position_embeddings", None) or math.inf
+    if args.max_length > context:
+        raise BadInput(f"--max_length {args.max_length}: the context is {context}; lower it")
+    if tokenizer.eos_token_id is None:
+        raise BadInput(f"--model {args.model}: the tokenizer has no EOS token; set its eos_token")
+    if tokenizer.pad_token_id is None:
+        print("the tokenizer has no pad token: EOS takes its place")
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_policy(tokenizer, example: Example, args: argparse.Namespace):
+    """The policy in float32, dropout off. Raises BadInput where its weights are not fit."""
+    try:  # the dtype is named since transformers would keep a bf16, which small updates do not move
+        model, info = AutoModelForCausalLM.from_pretrained(
+            args.model, dtype=torch.float32, output_loading_info=True)
+    except Exception as error:
+        raise BadInput(f"--model {args.model}: {' '.join(str(error).split())}") from error
+    rows = model.get_input_embeddings().weight.shape[0]
+    bad = [name for name, weight in model.named_parameters() if not weight.isfinite().all()]
+    if info["missing_keys"] or bad:
+        names = ", ".join([*info["missing_keys"], *bad][:3])
+        raise BadInput(f"--model {args.model}: weights missing or not finite: {names}; mend it")
+    if len(tokenizer) > rows:
+        raise BadInput(f"--model {args.model}: {len(tokenizer)} tokens in the tokenizer, {rows} "
+                       "embeddings; use the model's own tokenizer")
+    model.to(args.device).eval()  # for the whole run: there is no dropout in scoring or in training
+    check_model(model, example)
+    if args.activation_checkpointing:
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+        for module in model.modules():  # works in training mode only; what is inside stays in eval
+            if isinstance(module, GradientCheckpointingLayer):
+                module.training = True
+    return model
+
+
+def describe(model, tokenizer, rows: list[Row], eval_rows: list[Row], args) -> None:
+    """What to look at before a long run."""
+    weights = sum(weight.numel() for weight in model.parameters())
+    tokens = sum(len(e.ids) for row in rows for e in row.examples)
+    ids, cut = rows[0].examples[0]
+    scores = score(model, rows[:256], args, "data quality")
+    means = torch.stack([logp.mean() for row in scores for logp in row])
+    low, middle, high = means.quantile(torch.tensor([0.25, 0.5, 0.75])).tolist()
+    print(f"{len(rows)} rows to train on with {tokens:,} tokens, {len(eval_rows)} rows held out",
+          f"{weights / 1e6:,.1f}M parameters; weights, gradients, AdamW: {weights / 2**26:.2f} GiB",
+          "an example, its trained part in ⟦⟧: "
+          f"{tokenizer.decode(ids[:cut])}⟦{tokenizer.decode(ids[cut:])}⟧",
+          f"quartiles of responses' mean token log-prob: {low:.2f} {middle:.2f} {high:.2f} nats",
+          "  (nearer 0 is closer to what the policy writes itself, and more useful; in the paper",
+          "  the worst quarter, [−1.03, −0.36], trained significantly worse)", sep="\n")
+
+
+def main(args: argparse.Namespace) -> dict:
+    """Train; returns the summary: evaluation `before` and `after`, steps, tokens, seconds, memory.
+
+    Raises BadInput before anything is written, Stopped where the run cannot go on.
+    """
+    check_args(args)
+    torch.manual_seed(args.seed)
+    if args.device == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
+    tokenizer = load_tokenizer(args)
+    rows, eval_rows = load_data(tokenizer, args)
+    steps = args.steps or sum(len(epoch_batches(rows, e, args)) for e in range(args.epochs))
+    model = load_policy(tokenizer, rows[0].examples[0], args)
+    used = {id(row) for batch in epoch_batches(rows, 0, args) for row in batch}
+    ragged = sum(id(row) not in used for row in rows)
+    print(f"{steps} updates; {ragged} rows of an epoch fill no batch and are left out of it")
+
+    digest = hashlib.sha256(repr([row.examples for row in rows + eval_rows]).encode()).hexdigest()
+    run = {"script": Path(__file__).stem, "data with SHA-256": digest, "updates": steps}
+    run |= {f"--{name}": value for name, value in vars(args).items()
+            if name not in ("resume", "overwrite", "output_dir")}
+    folder, k = Path(args.output_dir), args.sync_every
+    state = load_checkpoint(folder, run) if args.resume else None
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in ["writing-*"] if state else ["writing-*", "step-*.pt", "final"]:
+        for path in folder.glob(old):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    metrics_file = folder / "metrics.jsonl"
+    lines = metrics_file.read_text().splitlines(True) if state and metrics_file.exists() else []
+    metrics_file.write_text("".join(x for x in lines if json.loads(x)["step"] <= state["step"]))
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
+    if state:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        done, before, seconds, tokens = (state[x] for x in ("step", "before", "seconds", "tokens"))
+        eval_rows = with_reference(eval_rows, state["eval_scores"])
+    else:
+        describe(model, tokenizer, rows, eval_rows, args)
+        done, seconds, tokens = 0, 0.0, 0
+        eval_rows = with_reference(eval_rows, score(model, eval_rows, args, "held-out rows"))
+        before = evaluate(model, eval_rows, args) if eval_rows else {}
+        log(folder, {"step": 0, "steps": steps, **before})
+    batches = (batch for epoch in itertools.count() for batch in epoch_batches(rows, epoch, args))
+    stream = itertools.islice(batches, done, steps)
+    if state:
+        window = collections.deque(with_reference(b, x) for x, b in zip(state["window"], stream))
+        torch.set_rng_state(state["rng"])
+        if args.device == "cuda":
+            torch.cuda.set_rng_state(state["cuda_rng"])
+    else:  # k = 0 is one window that spans the run: the reference is the initial policy for ever
+        window = next_window(model, stream, k or steps, args, "scoring for the reference")
+
+    # SIGINT and SIGTERM: the update is finished and saved first; a second one stops at once.
+    signals, stop = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}, []
+    for s in signals:
+        signal.signal(s, lambda s, _: os._exit(128 + s) if stop else stop.append(s))
+    bar, after = tqdm(total=steps, initial=done, desc="training", unit="update"), before
+    try:
+        for step in range(done + 1, steps + 1):
+            started, batch = time.perf_counter(), window.popleft()
+            metrics = {"step": step, "steps": steps, **accumulate_gradient(model, batch, args)}
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm).item()
+            if not math.isfinite(norm + metrics["loss"]):
+                raise Stopped(f"update {step}: loss {metrics['loss']}, gradient norm {norm}; it "
+                              "was not applied, checkpoints are from before it; try a lower --lr")
+            for group in optimizer.param_groups:
+                group["lr"] = args.lr * min(1.0, step / max(1, args.warmup))
+
+            # Humanline syncing. When its k batches are used up, the window is filled anew: the
+            # policy as it still is, before this update, scores the next k batches and so is their
+            # reference, which lags one update. Scored after the update they would meet that same
+            # policy: with k = 1 all log-ratios would be 0 and nothing would ever be clipped.
+            if not window:
+                window = next_window(model, stream, k, args)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+            took, last = time.perf_counter() - started, step == steps
+            speed = metrics["tokens"] / took
+            seconds, tokens = seconds + took, tokens + metrics["tokens"]
+            metrics |= {"grad_norm": norm, "lr": optimizer.param_groups[0]["lr"], "tokens": tokens,
+                        "tokens_per_second": speed, "seconds": seconds,
+                        "peak_memory_gib": peak_memory_gib(args)}
+            if eval_rows and (last or args.eval_every and step % args.eval_every == 0):
+                after = evaluate(model, eval_rows, args)
+                metrics |= after
+            log(folder, metrics)
+            bar.update()
+            if last or stop or args.save_every and step % args.save_every == 0:
+                save_checkpoint(folder, step, {
+                    "run": run, "step": step, "before": before, "seconds": seconds,
+                    "tokens": tokens, "rng": torch.get_rng_state(),
+                    "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                    "cuda_rng": torch.cuda.get_rng_state() if args.device == "cuda" else None,
+                    # the weights that scored these are gone
+                    "window": [[row.ref_logp for row in batch] for batch in window],
+                    "eval_scores": [row.ref_logp for row in eval_rows],
+                })
+            if stop:
+                print(f"stopped by signal {stop[0]} after update {step}; go on with --resume")
+                raise SystemExit(128 + stop[0])
+    finally:
+        bar.close()
+        for s, handler in signals.items():
+            signal.signal(s, handler)
+    save_final(model, tokenizer, folder)
+    return {"before": before, "after": after, "steps": steps, "tokens": tokens, "seconds": seconds,
+            "tokens_per_second": tokens / max(seconds, 1e-9), "output_dir": str(folder),
+            "peak_memory_gib": peak_memory_gib(args)}
+
+
+if __name__ == "__main__":
+    try:
+        main(parse_args())
+    except (BadInput, Stopped) as error:
+        sys.exit(f"error: {error}")
+    except torch.cuda.OutOfMemoryError:
+        sys.exit("error: out of GPU memory; lower --micro_tokens or add --activation_checkpointing")
+    except KeyboardInterrupt:
+        sys.exit(130)
