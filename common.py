@@ -220,9 +220,13 @@ def check_model(model, example: Example) -> None:
     cut = max(0, example.prompt_len - 32)
     example = Example(example.ids[cut : example.prompt_len + 32], example.prompt_len - cut)
     ids = torch.tensor([example.ids], device=model.device)
-    logits = model(ids, use_cache=False).logits[0, example.prompt_len - 1 : -1].float()  # (T, V)
-    truth = logits.log_softmax(-1).gather(-1, ids[0, example.prompt_len :, None]).squeeze(-1)
-    error = (response_logps(model, [example])[0][0] - truth).abs().max().item()
-    if not error < 5e-3:
+    try:
+        logits = model(ids, use_cache=False).logits[0, example.prompt_len - 1 : -1].float()  # (T, V)
+        truth = logits.log_softmax(-1).gather(-1, ids[0, example.prompt_len :, None]).squeeze(-1)
+        error = (response_logps(model, [example])[0][0] - truth).abs().max().item()
+        fault = "" if error < 5e-3 else f"off by {error:.2g} nats"
+    except Exception as error:  # a family of another build may raise anything
+        fault = " ".join(f"{type(error).__name__} {error}".split())
+    if fault:
         raise BadInput(f"--model: {model.config.model_type} computes its logits in a way that common.py "
-                       f"does not rebuild (off by {error:.2g} nats); use another family")
+                       f"does not rebuild ({fault}); use another family")

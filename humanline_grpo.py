@@ -128,6 +128,7 @@ FLAG_CHECKS = [  # (flags, what must hold, in words)
     ("sync_every warmup eval_every save_every eval_size", lambda v: v >= 0, "0 or more"),
     ("log_eps_P", lambda v: v < 0, "below 0, where a ratio of 1 lies"),
     ("log_eps_R", lambda v: v > 0, "above 0, where a ratio of 1 lies"),
+    ("seed", lambda v: 0 <= v < 2**63, "0 or more, in 63 bits"),
     ("device", lambda v: v == "cpu" or torch.cuda.is_available(), "cpu: there is no CUDA GPU"),
     ("model", lambda v: not is_path(v) or os.path.isdir(v), "an existing folder or a Hub id"),
 ]
@@ -168,23 +169,28 @@ class Row(NamedTuple):
     ref_logp: list[Tensor] | None = None  # for each example (T,) float32 on the CPU, nats
 
 
-def read_rows(source: str) -> list[tuple[str, dict]]:
-    """The rows of a file or Hub data set, each with its place, as in "pairs.jsonl:17"."""
+def read_rows(source: str, limit: int | None = None) -> list[tuple[str, dict]]:
+    """The first rows of a file or Hub data set, each with its place, as in "pairs.jsonl:17"."""
     path = Path(source)
     if path.suffix == ".jsonl" and path.is_file():
-        lines = enumerate(path.read_bytes().split(b"\n"), 1)
-        return [read_line(line, f"{path.name}:{i}") for i, line in lines if line.strip()]
+        with open(path, "rb") as file:
+            lines = ((i, line) for i, line in enumerate(file, 1) if line.strip())
+            lines = itertools.islice(lines, limit)
+            return [read_line(line, f"{path.name}:{i}") for i, line in lines]
     name, config, split = (source.split(":") + ["", ""])[:3]
     options = {"path": name, "name": config or None, "split": split or "train"}
     if path.suffix in (".json", ".parquet") and path.is_file():
+        if not path.stat().st_size:
+            raise BadInput(f"{source}: empty; it needs a row")
         options = {"path": path.suffix[1:], "data_files": source, "split": "train"}
     elif path.suffix in (".jsonl", ".json", ".parquet") or is_path(name):
         raise BadInput(f"{source}: no such .jsonl, .json or .parquet file; check the path")
     try:
-        return [(f"{source}[{i}]", row) for i, row in enumerate(datasets.load_dataset(**options))]
+        rows = itertools.islice(datasets.load_dataset(**options), limit)
+        return [(f"{source}[{i}]", row) for i, row in enumerate(rows)]
     except Exception as error:  # whatever a broken file or the Hub raises, its message says it
-        reason = " ".join(str(error).split())
-        raise BadInput(f"{source}: {reason}; name Hub data as id[:config[:split]]") from error
+        mend = "mend the file" if path.is_file() else "name Hub data as id[:config[:split]]"
+        raise BadInput(f"{source}: {' '.join(str(error).split())}; {mend}") from error
 
 
 def read_line(line: bytes, where: str) -> tuple[str, dict]:
@@ -193,10 +199,10 @@ def read_line(line: bytes, where: str) -> tuple[str, dict]:
         row = json.loads(line.decode())
     except UnicodeDecodeError as error:
         raise BadInput(f"{where}: not UTF-8 ({error.reason}); save the file as UTF-8") from error
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise BadInput(f"{where}: not JSON ({error}); mend or drop the line") from error
     if not isinstance(row, dict):
-        raise BadInput(f"{where}: not an object but {line[:20]!r}; write one {{...}} a line")
+        raise BadInput(f"{where}: no object but {line[:20].strip()!r}; write one {{...}} a line")
     return where, row
 
 
@@ -246,7 +252,8 @@ def prompt_and_response(row: dict, name: str, where: str) -> tuple:
     whole = isinstance(response, list) and len(response) > 1
     prompt = response[:-1] if whole else field(row, "prompt", where)
     if isinstance(prompt, list) and prompt[-1]["role"] == "assistant":
-        raise BadInput(f"{where}: field '{name}': two assistant messages end it; merge them")
+        name = name if whole else "prompt"
+        raise BadInput(f"{where}: field '{name}': it ends with an assistant message; drop that")
     return prompt, response[-1:] if whole else response
 
 
@@ -280,9 +287,9 @@ def encode_row(tokenizer, row: dict, where: str, args: argparse.Namespace) -> li
     return found
 
 
-def load_rows(source: str, tokenizer, args: argparse.Namespace) -> list[Row]:
+def load_rows(source: str, limit: int | None, tokenizer, args: argparse.Namespace) -> list[Row]:
     """Read, check and tokenize a data set; print what was kept and dropped."""
-    raw = read_rows(source)[: args.max_rows]
+    raw = read_rows(source, limit)
     if not raw:
         raise BadInput(f"{source}: empty; it needs a row")
     rows, dropped = [], collections.Counter()
@@ -309,18 +316,9 @@ def prompt_of(row: Row) -> tuple[int, ...]:
 
 def load_data(tokenizer, args: argparse.Namespace) -> tuple[list[Row], list[Row]]:
     """Training rows and held-out rows, in groups with their advantages; no prompt is in both."""
-    rows = load_groups(args.data, tokenizer, args)
-    if args.eval_data:
-        eval_rows = load_groups(args.eval_data, tokenizer, args)
-        prompts = list(dict.fromkeys(map(prompt_of, eval_rows)))[: args.eval_size]
-        held_out = set(prompts)
-        eval_rows = [row for row in eval_rows if prompt_of(row) in held_out]
-    else:
-        prompts = list(dict.fromkeys(map(prompt_of, rows)))
-        size = min(128, len(prompts) // 20) if args.eval_size is None else args.eval_size
-        held_out = set(random.Random(args.seed).sample(prompts, min(size, len(prompts))))
-        eval_rows = [row for row in rows if prompt_of(row) in held_out]
-    rows = [row for row in rows if prompt_of(row) not in held_out]
+    rows = load_groups(args.data, args.max_rows, tokenizer, args)
+    eval_rows = load_groups(args.eval_data, None, tokenizer, args) if args.eval_data else rows
+    rows, eval_rows = hold_out(rows, eval_rows, args)
     groups = groups_of(rows)
     equal = sum(all(row.advantage == 0 for row in group) for group in groups)
     print(f"{len(groups)} groups to train on, {equal} of them with equal rewards (advantage 0)")
@@ -329,14 +327,14 @@ def load_data(tokenizer, args: argparse.Namespace) -> tuple[list[Row], list[Row]
               "look for prompts of middling difficulty or finer rewards")
     if not epoch_batches(rows, 0, args):
         raise BadInput(f"{args.data}: {len(rows)} rows to train on fill no batch of "
-                       f"{args.batch_size}; lower --batch_size or --eval_size")
+                       f"{args.batch_size}; lower --batch_size or hold out fewer prompts")
     return rows, eval_rows
 
 
-def load_groups(source: str, tokenizer, args: argparse.Namespace) -> list[Row]:
+def load_groups(source: str, limit: int | None, tokenizer, args: argparse.Namespace) -> list[Row]:
     """Rows side by side in their groups (a row of the file, or all its rows of one prompt)."""
     groups = collections.defaultdict(list)
-    for row in load_rows(source, tokenizer, args):
+    for row in load_rows(source, limit, tokenizer, args):
         groups[row.group or prompt_of(row)].append(row)
     rows = []
     for number, group in enumerate(groups.values()):
@@ -357,11 +355,22 @@ def groups_of(rows: list[Row]) -> list[list[Row]]:
 
 def group_advantages(rewards: list[float]) -> list[float]:
     """(reward − mean) / (std + 1e-4) over one whole group, population std (Shao et al. 2024,
-    section 4.1.2). Exactly 0 where all are equal: seven times 0.7 minus its mean is not, in floats."""
+    section 4.1.2). Exactly 0 where all are equal: 0.7 seven times minus its mean is not so."""
     if max(rewards) == min(rewards):
         return [0.0] * len(rewards)
     mean = statistics.fmean(rewards)
     return [(reward - mean) / (statistics.pstdev(rewards) + 1e-4) for reward in rewards]
+
+
+def hold_out(rows: list[Row], eval_rows: list[Row], args) -> tuple[list[Row], list[Row]]:
+    """The rows whose prompts are not held out, and the held-out rows."""
+    prompts = list(dict.fromkeys(map(prompt_of, eval_rows)))
+    size = len(prompts) if args.eval_data else min(128, len(prompts) // 20)
+    size = size if args.eval_size is None else min(args.eval_size, len(prompts))
+    held_out = set(random.Random(args.seed).sample(prompts, size))
+    kept = [row for row in rows if prompt_of(row) not in held_out]
+    print(f"{size} prompts are held out, with them {len(rows) - len(kept)} rows of --data")
+    return kept, [row for row in eval_rows if prompt_of(row) in held_out]
 
 
 def epoch_batches(rows: list[Row], epoch: int, args: argparse.Namespace) -> list[list[Row]]:
@@ -378,7 +387,7 @@ def epoch_batches(rows: list[Row], epoch: int, args: argparse.Namespace) -> list
 
 
 # ==================================================================================================
-# 4. Perception: how a human would see each token's log-ratio
+# 3. Perception: how a human would see each token's log-ratio
 # ==================================================================================================
 
 
@@ -425,7 +434,7 @@ def sample_log_beta(a: float, b: float, like: Tensor) -> Tensor:
 
 
 # ==================================================================================================
-# 5. Loss
+# 4. Loss
 # ==================================================================================================
 
 
@@ -448,7 +457,7 @@ def grpo_loss(
 
 
 # ==================================================================================================
-# 6. Training
+# 5. Training
 # ==================================================================================================
 
 
@@ -569,7 +578,7 @@ def wins(margin: Tensor) -> Tensor:
 
 
 # ==================================================================================================
-# 7. Saving and evaluation
+# 6. Saving and evaluation
 # ==================================================================================================
 
 
@@ -614,15 +623,16 @@ def load_checkpoint(folder: Path, run: dict) -> dict | None:
     """
     for path in sorted(folder.glob("step-*.pt"), reverse=True):
         try:
-            with zipfile.ZipFile(path) as file:
-                fault = file.testzip()  # the checksums, at which torch.load does not look
-        except (zipfile.BadZipFile, EOFError, OSError) as error:
+            with zipfile.ZipFile(path) as file:  # torch.load does not look at the checksums
+                attributes = [name.filename for name in file.infolist() if name.external_attr]
+                fault = file.testzip() or ", ".join(attributes)  # torch writes none
+            state = None if fault else torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # damage may raise anything; the file is passed over, not hidden
             fault = error
         if fault:
             print(f"{path}: damaged ({fault}), passed over and renamed to damaged-{path.name}")
             path.rename(folder / f"damaged-{path.name}")
             continue
-        state = torch.load(path, map_location="cpu", weights_only=True)
         other = [f"{name} {state['run'].get(name)}, not {value}" for name, value in run.items()
                  if state["run"].get(name) != value]
         if other:
@@ -630,6 +640,9 @@ def load_checkpoint(folder: Path, run: dict) -> dict | None:
                            "arguments, or another --output_dir")
         print(f"resuming from {path}")
         return state
+    if (folder / "final").exists():
+        raise BadInput(f"--resume: no whole checkpoint in {folder}, but a policy in final/; "
+                       "add --overwrite instead to replace it, or name another --output_dir")
     print(f"--resume: no whole checkpoint in {folder}, so it starts over")
     return None
 
@@ -637,8 +650,13 @@ def load_checkpoint(folder: Path, run: dict) -> dict | None:
 def save_final(model, tokenizer, folder: Path) -> None:
     """A Hugging Face folder: float32 safetensors and tokenizer, named `final` when it is whole."""
     partial, final = folder / "writing-final", folder / "final"
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
+    try:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+    except Exception as error:  # safetensors has an error of its own for a full disk
+        shutil.rmtree(partial, ignore_errors=True)
+        raise Stopped(f"{final}: not written ({error}); the last checkpoint is whole: make room, "
+                      "then go on with --resume") from error
     shutil.rmtree(final, ignore_errors=True)
     partial.rename(final)
     print(f"the trained policy is in {final}")
@@ -656,8 +674,11 @@ def log(folder: Path, metrics: dict) -> None:
     """One dict feeds the line on the screen and metrics.jsonl."""
     shown = [f"{name} {metrics[name]:{form}}" for name, form in SHOWN.items() if name in metrics]
     tqdm.write(" | ".join([f"step {metrics['step']:5d}/{metrics['steps']}", *shown]))
-    with open(folder / "metrics.jsonl", "a") as file:
-        file.write(json.dumps(metrics) + "\n")
+    try:
+        with open(folder / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(metrics) + "\n")
+    except OSError as error:
+        raise Stopped(f"{folder}/metrics.jsonl: not written ({error}); make room, then --resume")
 
 
 def peak_memory_gib(args: argparse.Namespace) -> float:
@@ -669,7 +690,7 @@ def peak_memory_gib(args: argparse.Namespace) -> float:
 
 
 # ==================================================================================================
-# 8. Main
+# 7. Main
 # ==================================================================================================
 
 
@@ -680,8 +701,8 @@ def load_tokenizer(args: argparse.Namespace):
         config = AutoConfig.from_pretrained(args.model).get_text_config()
     except Exception as error:  # whatever a broken folder or the Hub raises, its message says it
         raise BadInput(f"--model {args.model}: {' '.join(str(error).split())}") from error
-    context = getattr(config, "max_position_embeddings", None) or math.inf
-    if args.max_length > context:
+    context = getattr(config, "max_position_embeddings", None) or -1  # -1: any length
+    if 0 < context < args.max_length:
         raise BadInput(f"--max_length {args.max_length}: the context is {context}; lower it")
     if tokenizer.eos_token_id is None:
         raise BadInput(f"--model {args.model}: the tokenizer has no EOS token; set its eos_token")
@@ -744,7 +765,10 @@ def main(args: argparse.Namespace) -> dict:
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
     tokenizer = load_tokenizer(args)
     rows, eval_rows = load_data(tokenizer, args)
-    steps = args.steps or sum(len(epoch_batches(rows, e, args)) for e in range(args.epochs))
+    steps, epoch = 0, 0  # all epochs of the run are cut here: one that cannot be says so now
+    while steps < args.steps if args.steps else epoch < args.epochs:
+        steps, epoch = steps + len(epoch_batches(rows, epoch, args)), epoch + 1
+    steps = args.steps or steps
     model = load_policy(tokenizer, rows[0].examples[0], args)
     used = {id(row) for batch in epoch_batches(rows, 0, args) for row in batch}
     ragged = sum(id(row) not in used for row in rows)
@@ -753,7 +777,7 @@ def main(args: argparse.Namespace) -> dict:
     digest = hashlib.sha256(repr([row.examples for row in rows + eval_rows]).encode()).hexdigest()
     run = {"script": Path(__file__).stem, "data with SHA-256": digest, "updates": steps}
     run |= {f"--{name}": value for name, value in vars(args).items()
-            if name not in ("resume", "overwrite", "output_dir")}
+            if name not in ("resume", "overwrite", "output_dir", "plain")}
     folder, k = Path(args.output_dir), args.sync_every
     state = load_checkpoint(folder, run) if args.resume else None
     folder.mkdir(parents=True, exist_ok=True)
@@ -762,19 +786,22 @@ def main(args: argparse.Namespace) -> dict:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     metrics_file = folder / "metrics.jsonl"
     lines = metrics_file.read_text().splitlines(True) if state and metrics_file.exists() else []
-    metrics_file.write_text("".join(x for x in lines if json.loads(x)["step"] <= state["step"]))
+    lines = [x for x in lines if x.endswith("\n") and json.loads(x)["step"] <= state["step"]]
+    (folder / "writing-metrics").write_text("".join(lines))
+    os.replace(folder / "writing-metrics", metrics_file)
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
     if state:
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        done, before, seconds, tokens = (state[x] for x in ("step", "before", "seconds", "tokens"))
+        model.load_state_dict(state.pop("model"))
+        optimizer.load_state_dict(state.pop("optimizer"))
+        done, before, after = state["step"], state["before"], state["after"]
+        seconds, tokens = state["seconds"], state["tokens"]
         eval_rows = with_reference(eval_rows, state["eval_scores"])
     else:
         describe(model, tokenizer, rows, eval_rows, args)
         done, seconds, tokens = 0, 0.0, 0
         eval_rows = with_reference(eval_rows, score(model, eval_rows, args, "held-out rows"))
-        before = evaluate(model, eval_rows, args) if eval_rows else {}
+        before = after = evaluate(model, eval_rows, args) if eval_rows else {}
         log(folder, {"step": 0, "steps": steps, **before})
     batches = (batch for epoch in itertools.count() for batch in epoch_batches(rows, epoch, args))
     stream = itertools.islice(batches, done, steps)
@@ -784,13 +811,15 @@ def main(args: argparse.Namespace) -> dict:
         if args.device == "cuda":
             torch.cuda.set_rng_state(state["cuda_rng"])
     else:  # k = 0 is one window that spans the run: the reference is the initial policy for ever
+        started = time.perf_counter()
         window = next_window(model, stream, k or steps, args, "scoring for the reference")
+        seconds = time.perf_counter() - started
 
     # SIGINT and SIGTERM: the update is finished and saved first; a second one stops at once.
     signals, stop = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}, []
     for s in signals:
         signal.signal(s, lambda s, _: os._exit(128 + s) if stop else stop.append(s))
-    bar, after = tqdm(total=steps, initial=done, desc="training", unit="update"), before
+    bar = tqdm(total=steps, initial=done, desc="training", unit="update")
     try:
         for step in range(done + 1, steps + 1):
             started, batch = time.perf_counter(), window.popleft()
@@ -823,9 +852,12 @@ def main(args: argparse.Namespace) -> dict:
             log(folder, metrics)
             bar.update()
             if last or stop or args.save_every and step % args.save_every == 0:
+                if not all(weight.isfinite().all() for weight in model.parameters()):
+                    raise Stopped(f"update {step}: its weights are not finite; the checkpoints are "
+                                  "from before it; try a lower --lr")
                 save_checkpoint(folder, step, {
-                    "run": run, "step": step, "before": before, "seconds": seconds,
-                    "tokens": tokens, "rng": torch.get_rng_state(),
+                    "run": run, "step": step, "before": before, "after": after,
+                    "seconds": seconds, "tokens": tokens, "rng": torch.get_rng_state(),
                     "model": model.state_dict(), "optimizer": optimizer.state_dict(),
                     "cuda_rng": torch.cuda.get_rng_state() if args.device == "cuda" else None,
                     # the weights that scored these are gone

@@ -106,7 +106,7 @@ def test_a_second_signal_stops_at_once(script, run, tmp_path, monkeypatch):
         run(script)
 
 
-@pytest.mark.parametrize("damage", ["cut short", "a bit flipped", "not a zip"])
+@pytest.mark.parametrize("damage", ["cut short", "a bit flipped", "directory flipped", "not a zip"])
 def test_a_damaged_checkpoint_is_passed_over(script, run, tmp_path, capsys, damage):
     more = ("--steps", 6, "--save_every", 2, "--sync_every", 3)
     run(script, *more)
@@ -115,6 +115,8 @@ def test_a_damaged_checkpoint_is_passed_over(script, run, tmp_path, capsys, dama
     content = bytearray(newest.read_bytes())
     if damage == "a bit flipped":
         content[len(content) // 2] ^= 1
+    if damage == "directory flipped":  # the version that is needed to extract the first entry
+        content[content.rindex(b"PK\x01\x02", 0, content.index(b"PK\x01\x02") + 4) + 6] ^= 128
     newest.write_bytes(content[: len(content) // 2] if damage == "cut short" else
                        b"x" if damage == "not a zip" else content)  # fmt: skip
     run(script, *more, "--resume")
@@ -130,9 +132,10 @@ def test_resume_without_a_checkpoint_starts_over_and_says_so(script, run, tmp_pa
 
 
 def test_resume_of_a_finished_run_only_writes_final_again(script, run, tmp_path):
-    run(script)
+    first = run(script)
     before = (tmp_path / "run" / "final" / "model.safetensors").read_bytes()
-    run(script, "--resume")
+    again = run(script, "--resume")
+    assert again["after"] == first["after"] and again["before"] == first["before"]
     assert (tmp_path / "run" / "final" / "model.safetensors").read_bytes() == before
     assert len(lines(tmp_path / "run")) == 5
 
@@ -202,6 +205,49 @@ def test_a_full_disk_leaves_the_checkpoint_before(script, run, tmp_path, monkeyp
     run(script, "--save_every", 2, "--resume")
 
 
+def test_a_full_disk_at_the_end_keeps_the_checkpoint(script, run, tmp_path, monkeypatch):
+    save, limits = script.save_final, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def save_on_a_full_disk(*args):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+        save(*args)
+
+    monkeypatch.setattr(script, "save_final", save_on_a_full_disk)
+    try:
+        with pytest.raises(script.Stopped, match="final: not written"):
+            run(script)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["metrics.jsonl", "step-000004.pt"]
+    monkeypatch.setattr(script, "save_final", save)
+    run(script, "--resume")
+    assert (tmp_path / "run" / "final").exists()
+
+
+def test_a_line_of_metrics_cut_by_a_kill_is_dropped(script, run, tmp_path):
+    more = ("--steps", 5, "--save_every", 2)
+    stop_after(script, run, 3, *more)
+    path = tmp_path / "run" / "metrics.jsonl"
+    path.write_text(path.read_text() + '{"step": 3, "lo')
+    run(script, *more, "--resume")
+    assert [line["step"] for line in lines(tmp_path / "run")] == [0, 1, 2, 3, 4, 5]
+
+
+def test_weights_that_overflow_are_not_saved(script, run, tmp_path):
+    """Finite loss and gradient, but an update so large that the weights are not finite."""
+    with pytest.raises(script.Stopped, match="weights are not finite"):
+        run(script, "--lr", 3e38, "--warmup", 0, "--steps", 1, "--eval_size", 0)
+    assert not (tmp_path / "run" / "final").exists() and checkpoints(tmp_path / "run") == []
+
+
+def test_resume_does_not_replace_a_trained_policy(script, run, tmp_path):
+    run(script)
+    for path in (tmp_path / "run").glob("step-*"):
+        path.write_bytes(b"")
+    with pytest.raises(BadInput, match="a policy in final/"):
+        run(script, "--resume")
+
+
 KILLED = """
 import os, sys, torch
 sys.path.insert(0, {root!r})
@@ -237,7 +283,7 @@ def test_from_the_shell(flags, tmp_path):
     start = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     bad = subprocess.Popen([sys.executable, path, *flags(script, "--lr", "-1")], **start)
     usage = subprocess.Popen([sys.executable, path, "--help"], **start)
-    long = subprocess.Popen([sys.executable, path, *flags(script, "--steps", 10**6)], **start)
+    long = subprocess.Popen([sys.executable, path, *flags(script, "--steps", 10**4)], **start)
     error = bad.communicate()[1]
     assert bad.returncode == 1 and error == "error: --lr -1.0: must be positive and finite\n"
     out = usage.communicate()[0]

@@ -42,6 +42,7 @@ BAD_FLAGS = [
     ("--batch_size 0", "--batch_size 0: must be at least"),
     ("--steps 0", "--steps 0"),
     ("--epochs 0", "--epochs 0"),
+    ("--seed -1", "--seed -1: must be 0 or more"),
     ("--warmup -1", "--warmup -1"),
     ("--micro_tokens 0", "--micro_tokens 0"),
     ("--max_length 1", "--max_length 1: must be at least 2"),
@@ -67,21 +68,24 @@ def test_bad_flags(script, refused, argv, words):
 
 BAD_LINES = [  # the second line of the file, and what is said about it
     (b"{", "bad.jsonl:2: not JSON"),
-    (b"[1, 2]", "bad.jsonl:2: not an object but b'[1, 2]'"),
+    (b"9" * 5000, "bad.jsonl:2: not JSON"),
+    (b"[" * 100_000, "bad.jsonl:2: not JSON"),
+    (b"[1, 2]", "bad.jsonl:2: no object but b'[1, 2]'"),
     (b'{"prompt": "\xff"}', "bad.jsonl:2: not UTF-8"),
 ]
 
 
-@pytest.mark.parametrize("line, words", BAD_LINES, ids=["cut", "list", "bytes"])
+@pytest.mark.parametrize("line, words", BAD_LINES, ids=["cut", "digits", "deep", "list", "bytes"])
 def test_bad_lines(script, refused, data, tmp_path, line, words):
     first = data[script.__name__.removeprefix("humanline_")].read_bytes().split(b"\n")[0]
     (tmp_path / "bad.jsonl").write_bytes(first + b"\n" + line + b"\n")
     refused(script, words, "--data", tmp_path / "bad.jsonl")
 
 
-def test_an_empty_file(script, refused, tmp_path):
-    (tmp_path / "bad.jsonl").write_text("\n")
-    refused(script, "empty; it needs a row", "--data", tmp_path / "bad.jsonl")
+@pytest.mark.parametrize("name, content", [("bad.jsonl", "\n"), ("bad.json", ""), ("bad.parquet", "")])
+def test_an_empty_file(script, refused, tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    refused(script, "empty; it needs a row", "--data", tmp_path / name)
 
 
 USER, BOT = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
@@ -97,7 +101,7 @@ BAD_ROWS = [  # changes to the 18th row of pairs (None: the column is gone), and
     ({"rejected": [USER]}, "ends with no assistant message"),
     ({"prompt": ""}, "bad.jsonl:18: field 'prompt': empty"),
     ({"prompt": "\ud800"}, "field 'prompt': a lone surrogate"),
-    ({"prompt": [USER, BOT]}, "two assistant messages"),
+    ({"prompt": [USER, BOT]}, "field 'prompt': it ends with an assistant message"),
     ({"chosen": None, "chose": "a"}, "no field 'chosen' among prompt, rejected, chose; did you mean 'chose'?"),
     ({"prompt": None}, "field 'chosen': text without a field 'prompt'"),
     ({"chosen": [USER, BOT], "rejected": [BOT, USER, BOT]}, "differ before their last message"),
@@ -150,9 +154,9 @@ def test_one_class_needs_to_be_allowed(run, refused, tmp_path, capsys):
 
 def test_kto_needs_two_prompts_in_a_batch(refused, tmp_path):
     refused(kto, "--batch_size 1: must be at least 2", "--batch_size", 1)
-    rows = [dict(row, prompt="abc") for row in make_rows("kto", 48)]
+    rows = [dict(row, prompt="abc" if i else "abd") for i, row in enumerate(make_rows("kto", 48))]
     path = write_jsonl(tmp_path / "rows.jsonl", rows)
-    refused(kto, "a batch holds responses to one prompt only", "--data", path, "--eval_size", 0)
+    refused(kto, "a batch holds responses to one prompt only", "--data", path, "--eval_size", 0, "--steps", 20)
 
 
 BAD_GROUPS = [
@@ -267,6 +271,22 @@ def test_no_pad_token_is_said_once(script, run, policy, tmp_path, capsys):
     tokenizer.save_pretrained(tmp_path / "model")
     run(script, "--model", tmp_path / "model", "--steps", 1)
     assert capsys.readouterr().out.count("no pad token") == 1
+
+
+def test_a_family_that_cannot_be_rebuilt_is_named(script, refused, policy, monkeypatch):
+    from transformers import LlamaForCausalLM
+
+    monkeypatch.setattr(LlamaForCausalLM, "get_output_embeddings", lambda self: None)
+    refused(script, "--model: llama computes its logits in a way that common.py does not rebuild")
+
+
+def test_max_rows_leaves_eval_data_whole(script, flags, policy, data, capsys):
+    kind = script.__name__.removeprefix("humanline_")
+    argv = flags(script, "--max_rows", 30, "--eval_data", data[kind], "--eval_size", 10)
+    rows, eval_rows = script.load_data(AutoTokenizer.from_pretrained(policy), script.parse_args(argv))
+    assert len({script.prompt_of(row) for row in eval_rows}) == 10
+    out = capsys.readouterr().out
+    assert "30 rows kept" in out and "48 rows kept" in out and "10 prompts are held out, with them" in out
 
 
 # --- the formats that are accepted -------------------------------------------------------------------
