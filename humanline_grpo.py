@@ -44,6 +44,7 @@ import collections
 import difflib
 import functools
 import hashlib
+import importlib.util
 import itertools
 import json
 import math
@@ -68,7 +69,8 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from common import BadInput, Example, check_model, encode, response_logps
+from common import BadInput, Example, check_model, encode, encode_prompt
+from common import end_of_turn, response_logps
 
 # ==================================================================================================
 # 1. Arguments
@@ -101,6 +103,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--plain", action="store_true", help="the baseline: --humanline off --sync_every 0")
     add("--beta", type=float, default=1e-4, help="weight of the KL estimate")
     add("--epsilon", type=float, default=0.2, help="PPO's clip of the perceived ratio (*)")
+    add = parser.add_argument_group("sampling; --data then holds prompts").add_argument
+    add("--sample_every", type=int, default=0, help="n: every n updates the policy writes n")
+    add("--reward", help="FILE.py:FUNCTION(prompts, completions, **columns) -> list of numbers")
+    add("--group_size", type=int, default=8, help="responses to a prompt")
+    add("--temperature", type=float, default=0.7, help="of sampling, and of log-probs of samples")
+    add("--max_new_tokens", type=int, default=512, help="tokens of a sampled response (*)")
+    add("--gen_batch", type=int, default=128, help="responses written at once (*)")
+    add("--system_prompt", help="a system message before every prompt")
     add = parser.add_argument_group("training").add_argument
     add("--steps", type=int, help="updates; not given: as many as --epochs makes")
     add("--epochs", type=int, default=1, help="passes over the data (*)")
@@ -121,11 +131,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 FLAG_CHECKS = [  # (flags, what must hold, in words)
-    ("lr epsilon max_grad_norm gamma_P gamma_R", lambda v: 0 < v < math.inf, "positive and finite"),
+    ("lr epsilon max_grad_norm gamma_P gamma_R temperature",
+     lambda v: 0 < v < math.inf, "positive and finite"),
     ("beta", lambda v: 0 <= v < math.inf, "0 or positive, and finite"),
     ("batch_size micro_tokens max_rows steps epochs", lambda v: v > 0, "at least 1"),
-    ("max_length", lambda v: v > 1, "at least 2"),
-    ("sync_every warmup eval_every save_every eval_size", lambda v: v >= 0, "0 or more"),
+    ("max_new_tokens gen_batch", lambda v: v > 0, "at least 1"),
+    ("max_length group_size", lambda v: v > 1, "at least 2"),
+    ("sample_every sync_every warmup eval_every save_every eval_size",
+     lambda v: v >= 0, "0 or more"),
     ("log_eps_P", lambda v: v < 0, "below 0, where a ratio of 1 lies"),
     ("log_eps_R", lambda v: v > 0, "above 0, where a ratio of 1 lies"),
     ("seed", lambda v: 0 <= v < 2**63, "0 or more, in 63 bits"),
@@ -146,6 +159,11 @@ def check_args(args: argparse.Namespace) -> None:
             value = getattr(args, flag)
             if value is not None and not holds(value):
                 raise BadInput(f"--{flag} {value}: must be {words}")
+    if args.sample_every and not args.reward:
+        raise BadInput("--sample_every: needs --reward FILE.py:FUNCTION to score the samples")
+    if args.reward and args.max_new_tokens >= args.max_length:
+        raise BadInput(f"--max_new_tokens {args.max_new_tokens}: must be below --max_length "
+                       f"{args.max_length}, which the prompt is part of")
     folder = Path(args.output_dir)
     parent = next(p for p in [folder, *folder.absolute().parents] if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
@@ -241,7 +259,7 @@ def field(row: dict, name: str, where: str) -> str | list[dict]:
     return [{"role": m["role"], "content": m["content"]} for m in value]
 
 
-def prompt_and_response(row: dict, name: str, where: str) -> tuple:
+def prompt_and_response(row: dict, name: str, where: str, args: argparse.Namespace) -> tuple:
     """Both as text or messages; a whole dialogue in the response's column wins over a prompt."""
     response = field(row, name, where)
     if isinstance(response, str) and "prompt" not in row:
@@ -254,7 +272,14 @@ def prompt_and_response(row: dict, name: str, where: str) -> tuple:
     if isinstance(prompt, list) and prompt[-1]["role"] == "assistant":
         name = name if whole else "prompt"
         raise BadInput(f"{where}: field '{name}': it ends with an assistant message; drop that")
-    return prompt, response[-1:] if whole else response
+    return with_system(prompt, args), response[-1:] if whole else response
+
+
+def with_system(prompt: str | list[dict], args: argparse.Namespace) -> str | list[dict]:
+    if not args.system_prompt:
+        return prompt
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    return [{"role": "system", "content": args.system_prompt}, *messages]
 
 
 GROUP_COLUMNS = [("completions", "rewards"), ("all_generated_responses", "all_rm_scores")]
@@ -279,7 +304,7 @@ def encode_row(tokenizer, row: dict, where: str, args: argparse.Namespace) -> li
         if type(reward) not in (int, float) or not math.isfinite(reward):
             raise BadInput(f"{where}: field '{names[1]}': {reward!r}; it must be a finite number")
         single = row if one else {"prompt": field(row, "prompt", where), names[0]: text}
-        prompt, response = prompt_and_response(single, names[0], where)
+        prompt, response = prompt_and_response(single, names[0], where, args)
         example = encode(tokenizer, prompt, response, args.max_length, args.raw)
         if example is None:
             return "the prompt leaves no room for a response"
@@ -362,23 +387,33 @@ def group_advantages(rewards: list[float]) -> list[float]:
     return [(reward - mean) / (statistics.pstdev(rewards) + 1e-4) for reward in rewards]
 
 
-def hold_out(rows: list[Row], eval_rows: list[Row], args) -> tuple[list[Row], list[Row]]:
-    """The rows whose prompts are not held out, and the held-out rows."""
-    prompts = list(dict.fromkeys(map(prompt_of, eval_rows)))
+def held_out_of(prompts: list[tuple], args: argparse.Namespace) -> set[tuple]:
+    """The prompts (token ids) that are held out: as many as --eval_size says."""
+    prompts = list(dict.fromkeys(prompts))
     size = len(prompts) if args.eval_data else min(128, len(prompts) // 20)
     size = size if args.eval_size is None else min(args.eval_size, len(prompts))
-    held_out = set(random.Random(args.seed).sample(prompts, size))
+    return set(random.Random(args.seed).sample(prompts, size))
+
+
+def hold_out(rows: list[Row], eval_rows: list[Row], args) -> tuple[list[Row], list[Row]]:
+    """The rows whose prompts are not held out, and the held-out rows."""
+    held_out = held_out_of([prompt_of(row) for row in eval_rows], args)
     kept = [row for row in rows if prompt_of(row) not in held_out]
-    print(f"{size} prompts are held out, with them {len(rows) - len(kept)} rows of --data")
+    print(f"{len(held_out)} prompts are held out, with them {len(rows) - len(kept)} rows of --data")
     return kept, [row for row in eval_rows if prompt_of(row) in held_out]
 
 
 def epoch_batches(rows: list[Row], epoch: int, args: argparse.Namespace) -> list[list[Row]]:
-    """The batches of one epoch: whole groups, in an order of its own, filled to --batch_size
-    responses; a last one with room for another group is dropped."""
+    """The batches of one epoch, in an order of its own; a ragged last one is dropped."""
     groups = groups_of(rows)
+    order = random.Random(f"{args.seed} {epoch}").sample(groups, len(groups))
+    return cut_batches([row for group in order for row in group], args)
+
+
+def cut_batches(rows: list[Row], args: argparse.Namespace) -> list[list[Row]]:
+    """Whole groups, filled to --batch_size; a last batch with room for another is left out."""
     batches, full = [[]], True
-    for group in random.Random(f"{args.seed} {epoch}").sample(groups, len(groups)):
+    for group in groups_of(rows):
         if len(batches[-1]) + len(group) > args.batch_size:
             batches.append([])
         batches[-1] += group
@@ -387,7 +422,194 @@ def epoch_batches(rows: list[Row], epoch: int, args: argparse.Namespace) -> list
 
 
 # ==================================================================================================
-# 3. Perception: how a human would see each token's log-ratio
+# 3. Rollouts: the policy writes responses, a reward scores them
+# ==================================================================================================
+
+
+class Prompt(NamedTuple):
+    ids: list[int]
+    text: str | list[dict]  # as the reward function gets it
+    columns: dict  # what else the row holds, such as the answer
+
+
+def load_prompts(source: str, limit: int | None, tokenizer, reward, args) -> list[Prompt]:
+    """Prompts with the columns that the reward needs: {prompt}, {question}, {problem}, or what
+    stands before the last message of a dialogue in `chosen`."""
+    prompts, dropped = [], collections.Counter()
+    usable = getattr(reward, "usable", lambda columns: True)  # has the row an answer to compare
+    for where, row in tqdm(read_rows(source, limit), "tokenizing", leave=False):
+        name = next((name for name in ("prompt", "question", "problem") if name in row), "prompt")
+        if isinstance(row.get("chosen"), list):
+            prompt = field(row, "chosen", where)[:-1]
+        else:
+            prompt = field(row, name, where)
+        try:
+            ids = encode_prompt(tokenizer, with_system(prompt, args), args.raw)
+        except BadInput as error:
+            raise BadInput(f"{where}: {error}") from error
+        columns = {key: value for key, value in row.items()
+                   if key not in ("prompt", "prompts", "completion", "completions")}
+        if len(ids) + args.max_new_tokens > args.max_length:
+            dropped["the prompt leaves no room for --max_new_tokens"] += 1
+        elif not usable(columns):
+            dropped["the reward can read no answer in the row"] += 1
+        else:
+            prompts.append(Prompt(ids, prompt, columns))
+    print(f"{source}: {len(prompts)} prompts kept, {dropped.total()} dropped",
+          *(f"({count}: {reason})" for reason, count in dropped.items()))
+    if not prompts:
+        raise BadInput(f"{source}: no prompt is left: {'; '.join(dropped) or 'empty'}")
+    return prompts
+
+
+def prompt_sets(tokenizer, reward, eval_rows: list[Row], args) -> tuple[list[Prompt], list[Prompt]]:
+    """Prompts to sample from, and those to evaluate the reward on; no prompt is in both."""
+    prompts = load_prompts(args.data, args.max_rows, tokenizer, reward, args)
+    eval_prompts = prompts
+    if args.eval_data:
+        eval_prompts = load_prompts(args.eval_data, None, tokenizer, reward, args)
+    if args.sample_every:
+        held_out = held_out_of([tuple(p.ids) for p in eval_prompts], args)
+    else:
+        held_out = set(map(prompt_of, eval_rows))
+    once = {tuple(p.ids): p for p in eval_prompts if tuple(p.ids) in held_out}
+    prompts = [p for p in prompts if tuple(p.ids) not in held_out]
+    if not prompts:
+        raise BadInput(f"{args.data}: all prompts are held out; lower --eval_size")
+    return prompts, list(once.values())
+
+
+def load_reward(name: str):
+    """The function named FILE.py:FUNCTION."""
+    path, _, function = name.rpartition(":")
+    if not Path(path).is_file():
+        raise BadInput(f"--reward {name}: no file {path!r}; write FILE.py:FUNCTION")
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # the file is the user's program
+        raise BadInput(f"--reward {name}: {path} fails with {error!r}; mend it") from error
+    if not callable(getattr(module, function, None)):
+        raise BadInput(f"--reward {name}: no function {function!r} in {path}; define it there")
+    return getattr(module, function)
+
+
+def rewards_of(reward, prompts: list[Prompt], texts: list[str], args) -> list[float]:
+    """One finite number a response, or BadInput that names the function and the response.
+
+    The function is called as TRL calls it: with lists, conversations for conversations.
+    """
+    conversations = [not isinstance(p.text, str) for p in prompts]
+    completions = [[{"role": "assistant", "content": text}] if conversation else text
+                   for text, conversation in zip(texts, conversations)]
+    columns = {key: [p.columns.get(key) for p in prompts] for p in prompts for key in p.columns}
+    try:
+        values = reward(prompts=[p.text for p in prompts], completions=completions, **columns)
+        values = list(values)
+    except Exception as error:  # the function is the user's program
+        raise BadInput(f"--reward {args.reward}: raised {error!r}; mend it") from error
+    if len(values) != len(prompts):
+        raise BadInput(f"--reward {args.reward}: {len(values)} values, {len(prompts)} responses; "
+                       "return one for each")
+    for i, (value, text) in enumerate(zip(values, texts)):
+        if value is None or not math.isfinite(value):
+            raise BadInput(f"--reward {args.reward}: {value} for response {i}, {text[:40]!r}; "
+                           "return a finite number")
+    return [float(value) for value in values]
+
+
+@torch.no_grad()
+def generate(model, tokenizer, prompts: list[Prompt], args, greedy: bool = False) -> list[Example]:
+    """One response a prompt, with its end of turn unless cut off; torch's generator seeds it.
+
+    Every knob that a checkpoint's generation_config may set is set here: else the samples would not
+    be drawn from π_θ.
+    """
+    eos = model.generation_config.eos_token_id
+    stops = {tokenizer.eos_token_id, end_of_turn(tokenizer, args.raw)[1][-1]}
+    stops |= set(eos if isinstance(eos, list) else [eos]) - {None}
+    options = dict(do_sample=not greedy, num_beams=1, max_new_tokens=args.max_new_tokens,
+                   min_new_tokens=0, repetition_penalty=1.0, no_repeat_ngram_size=0, use_cache=True,
+                   eos_token_id=sorted(stops), pad_token_id=tokenizer.pad_token_id)
+    if not greedy:
+        options |= dict(temperature=args.temperature, top_p=1.0, top_k=0, min_p=0.0, typical_p=1.0)
+    in_training = [module for module in model.modules() if module.training]
+    model.eval()  # checkpointed layers would turn the KV cache off
+    found, order = {}, sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))
+    for start in tqdm(range(0, len(order), args.gen_batch), "sampling", leave=False):
+        part = [prompts[i] for i in order[start : start + args.gen_batch]]
+        width = max(len(p.ids) for p in part)  # padded on the left: all end where they go on
+        ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(p.ids)) + p.ids for p in part])
+        mask = torch.tensor([[0] * (width - len(p.ids)) + [1] * len(p.ids) for p in part])
+        with autocast(args):
+            out = model.generate(input_ids=ids.to(args.device),
+                                 attention_mask=mask.to(args.device), **options)
+        for i, p, tokens in zip(order[start:], part, out[:, width:].tolist()):
+            end = next((t + 1 for t, token in enumerate(tokens) if token in stops), len(tokens))
+            found[i] = Example(p.ids + tokens[:end], len(p.ids))
+    for module in in_training:
+        module.training = True
+    return [found[i] for i in range(len(prompts))]
+
+
+def write_and_score(model, tokenizer, reward, prompts: list[Prompt], args, greedy=False) -> tuple:
+    """(examples, texts, rewards), one of each a prompt."""
+    examples = generate(model, tokenizer, prompts, args, greedy)
+    texts = [tokenizer.decode(e.ids[e.prompt_len :], skip_special_tokens=True) for e in examples]
+    return examples, texts, rewards_of(reward, prompts, texts, args)
+
+
+def sample_batches(
+    model, tokenizer, reward, prompts: list[Prompt], step: int, count: int, args: argparse.Namespace
+) -> list[list[Row]]:
+    """The batches of the `count` updates after `step`, written by the policy as it is now.
+
+    The prompts follow a shuffled, endless order from a place that the step gives, so that a
+    checkpoint need not hold it. Groups without a difference may give no row: more are drawn.
+    """
+    orders = (random.Random(f"{args.seed} {epoch}") for epoch in itertools.count())
+    endless = (prompt for order in orders for prompt in order.sample(prompts, len(prompts)))
+    endless = itertools.islice(endless, step * groups_needed(1, args), None)
+    rows, batches, groups = [], [], 0
+    while len(batches) < count:
+        if groups >= 20 * groups_needed(count, args):
+            raise Stopped(f"--reward {args.reward}: {groups} groups fill {len(batches)} of {count} "
+                          "batches: rewards within groups are equal; look for other prompts")
+        drawn = list(itertools.islice(endless, groups_needed(count - len(batches), args)))
+        repeated = [p for p in drawn for _ in range(args.group_size)]
+        examples, _, rewards = write_and_score(model, tokenizer, reward, repeated, args)
+        for i in range(0, len(repeated), args.group_size):
+            group = slice(i, i + args.group_size)
+            rows += rows_of_group(examples[group], rewards[group], groups)
+            groups += 1
+        batches = cut_batches(rows, args)
+    return batches[:count]
+
+
+def groups_needed(batches: int, args: argparse.Namespace) -> int:
+    """Prompts to draw for so many batches of whole groups."""
+    if args.group_size > args.batch_size:
+        raise BadInput(f"--group_size {args.group_size}: more than --batch_size {args.batch_size}")
+    return batches * (args.batch_size // args.group_size)
+
+
+def rows_of_group(examples: list[Example], rewards: list[float], number: int) -> list[Row]:
+    rows = zip(examples, rewards, group_advantages(rewards))
+    return [Row([example], number, reward, advantage) for example, reward, advantage in rows]
+
+
+def pack(batch: list[Row]) -> list:
+    """Sampled rows as lists, which torch.load(weights_only=True) takes."""
+    return [([tuple(e) for e in row.examples], *row._replace(ref_logp=None)[1:]) for row in batch]
+
+
+def unpack(batch: list) -> list[Row]:
+    return [Row([Example(*e) for e in examples], *rest) for examples, *rest in batch]
+
+
+# ==================================================================================================
+# 4. Perception: how a human would see each token's log-ratio
 # ==================================================================================================
 
 
@@ -434,7 +656,7 @@ def sample_log_beta(a: float, b: float, like: Tensor) -> Tensor:
 
 
 # ==================================================================================================
-# 4. Loss
+# 5. Loss
 # ==================================================================================================
 
 
@@ -457,7 +679,7 @@ def grpo_loss(
 
 
 # ==================================================================================================
-# 5. Training
+# 6. Training
 # ==================================================================================================
 
 
@@ -469,6 +691,11 @@ def autocast(args: argparse.Namespace):
     """Precision: weights, gradients and AdamW float32; matrix products bf16 on CUDA, float32 on a
     CPU; the log-softmax and all that follows float32."""
     return torch.autocast(args.device, torch.bfloat16, enabled=args.device == "cuda")
+
+
+def temperature_of(args: argparse.Namespace) -> float:
+    """Of policy and reference alike: what was sampled at a temperature has its log-probs there."""
+    return args.temperature if args.sample_every else 1.0
 
 
 MAX_PADDING = 512  # tokens; our choice: about what the start of one more micro-batch costs
@@ -508,7 +735,7 @@ def score(model, rows: list[Row], args: argparse.Namespace, title: str = "") -> 
     for micro in tqdm(plan(rows, args.micro_tokens), title, leave=False, disable=not title):
         examples = [e for i in micro for e in rows[i].examples]
         with autocast(args):
-            logp, _ = response_logps(model, examples)  # (B, T)
+            logp, _ = response_logps(model, examples, temperature_of(args))  # (B, T)
         lines = iter([line[: len(e.ids) - e.prompt_len] for line, e in zip(logp.cpu(), examples)])
         scored |= {i: [next(lines) for _ in rows[i].examples] for i in micro}
     return [scored[i] for i in range(len(rows))]
@@ -528,6 +755,18 @@ def next_window(model, stream, size: int, args: argparse.Namespace, title: str =
     return collections.deque(with_reference(b, [scores[id(row)] for row in b]) for b in batches)
 
 
+def refill(writer, stretch, step: int, steps: int, args) -> tuple:
+    """The window after update `step` and the rest of its stretch; a window never spans two.
+    writer: model, tokenizer, reward and prompts, for sampling."""
+    size = args.sync_every or args.sample_every
+    window = next_window(writer[0], stretch, size, args)
+    if not window and args.sample_every and step < steps:
+        count = min(args.sample_every, steps - step)
+        stretch = iter(sample_batches(*writer, step, count, args))
+        window = next_window(writer[0], stretch, size, args)
+    return window, stretch
+
+
 def accumulate_gradient(model, batch: list[Row], args: argparse.Namespace) -> dict[str, float]:
     """Forward and backward of one update, micro-batch by micro-batch; returns its metrics."""
     lengths = [len(e.ids) - e.prompt_len for row in batch for e in row.examples]
@@ -539,7 +778,7 @@ def accumulate_gradient(model, batch: list[Row], args: argparse.Namespace) -> di
         ref_logp = pad_sequence(ref_logp, batch_first=True).to(args.device)  # (B, T)
         advantage = torch.tensor([batch[i].advantage for i in micro]).to(args.device)  # (B,)
         with autocast(args):
-            logp, mask = response_logps(model, examples)  # (B, T)
+            logp, mask = response_logps(model, examples, temperature_of(args))  # (B, T)
         logratio = logp - ref_logp  # (B, T)
         # Humanline clipping: one clamp of every token's log-ratio, before the loss sees it.
         perceived, low, high = perceive(logratio, mask, args.humanline, args.log_eps_P,
@@ -578,7 +817,7 @@ def wins(margin: Tensor) -> Tensor:
 
 
 # ==================================================================================================
-# 6. Saving and evaluation
+# 7. Saving and evaluation
 # ==================================================================================================
 
 
@@ -596,6 +835,20 @@ def evaluate(model, eval_rows: list[Row], args: argparse.Namespace) -> dict[str,
             if a != b:
                 ahead.append(x - y if a > b else y - x)
     return {"eval_agreement": wins(torch.tensor(ahead)).mean().item()} if ahead else {}
+
+
+def evaluate_reward(model, tokenizer, reward, prompts: list[Prompt], step: int, args) -> dict:
+    """Mean reward on held-out prompts, greedy and sampled; all responses go to samples.jsonl."""
+    metrics = {}
+    for mode in ("greedy", "sampled") if prompts else ():
+        greedy = mode == "greedy"
+        _, texts, rewards = write_and_score(model, tokenizer, reward, prompts, args, greedy)
+        metrics[f"eval_reward_{mode}"] = statistics.fmean(rewards)
+        with open(Path(args.output_dir) / "samples.jsonl", "a") as file:
+            for p, text, value in zip(prompts, texts, rewards):
+                line = {"step": step, "mode": mode, "prompt": p.text, "response": text}
+                file.write(json.dumps(line | {"reward": value}) + "\n")
+    return metrics
 
 
 def save_checkpoint(folder: Path, step: int, state: dict) -> None:
@@ -667,6 +920,7 @@ SHOWN = {  # what the line on the screen has of metrics.jsonl
     "unclipped": ".3f", "abs_logratio": ".4f",
     "grad_norm": ".2f", "tokens_per_second": ",.0f",
     "eval_agreement": ".3f",
+    "eval_reward_greedy": "+.3f", "eval_reward_sampled": "+.3f",
 }
 
 
@@ -690,7 +944,7 @@ def peak_memory_gib(args: argparse.Namespace) -> float:
 
 
 # ==================================================================================================
-# 7. Main
+# 8. Main
 # ==================================================================================================
 
 
@@ -740,13 +994,15 @@ def load_policy(tokenizer, example: Example, args: argparse.Namespace):
 def describe(model, tokenizer, rows: list[Row], eval_rows: list[Row], args) -> None:
     """What to look at before a long run."""
     weights = sum(weight.numel() for weight in model.parameters())
+    print(f"{weights / 1e6:,.1f}M parameters; weights, gradients, AdamW: {weights / 2**26:.2f} GiB")
+    if not rows:
+        return
     tokens = sum(len(e.ids) for row in rows for e in row.examples)
     ids, cut = rows[0].examples[0]
     scores = score(model, rows[:256], args, "data quality")
     means = torch.stack([logp.mean() for row in scores for logp in row])
     low, middle, high = means.quantile(torch.tensor([0.25, 0.5, 0.75])).tolist()
     print(f"{len(rows)} rows to train on with {tokens:,} tokens, {len(eval_rows)} rows held out",
-          f"{weights / 1e6:,.1f}M parameters; weights, gradients, AdamW: {weights / 2**26:.2f} GiB",
           "an example, its trained part in ⟦⟧: "
           f"{tokenizer.decode(ids[:cut])}⟦{tokenizer.decode(ids[cut:])}⟧",
           f"quartiles of responses' mean token log-prob: {low:.2f} {middle:.2f} {high:.2f} nats",
@@ -764,31 +1020,41 @@ def main(args: argparse.Namespace) -> dict:
     if args.device == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
     tokenizer = load_tokenizer(args)
-    rows, eval_rows = load_data(tokenizer, args)
+    reward = load_reward(args.reward) if args.reward else None
+    rows, eval_rows = ([], []) if args.sample_every else load_data(tokenizer, args)
+    prompts, eval_prompts = prompt_sets(tokenizer, reward, eval_rows, args) if reward else ([], [])
+    n, k = args.sample_every, args.sync_every
     steps, epoch = 0, 0  # all epochs of the run are cut here: one that cannot be says so now
-    while steps < args.steps if args.steps else epoch < args.epochs:
+    while rows and (steps < args.steps if args.steps else epoch < args.epochs):
         steps, epoch = steps + len(epoch_batches(rows, epoch, args)), epoch + 1
+    if n:
+        steps = -(-args.epochs * len(prompts) // groups_needed(1, args))
     steps = args.steps or steps
-    model = load_policy(tokenizer, rows[0].examples[0], args)
-    used = {id(row) for batch in epoch_batches(rows, 0, args) for row in batch}
+    first = rows[0].examples[0] if rows else Example(prompts[0].ids * 2, len(prompts[0].ids))
+    model = load_policy(tokenizer, first, args)
+    used = {id(row) for batch in epoch_batches(rows, 0, args) for row in batch} if rows else ()
     ragged = sum(id(row) not in used for row in rows)
-    print(f"{steps} updates; {ragged} rows of an epoch fill no batch and are left out of it")
+    if n:
+        print(f"{steps} updates on samples to {len(prompts)} prompts, {len(eval_prompts)} held out")
+    else:
+        print(f"{steps} updates; {ragged} rows of an epoch fill no batch and are left out of it")
 
-    digest = hashlib.sha256(repr([row.examples for row in rows + eval_rows]).encode()).hexdigest()
+    data = [[row.examples for row in rows + eval_rows], [p.ids for p in prompts + eval_prompts]]
+    digest = hashlib.sha256(repr(data).encode()).hexdigest()
     run = {"script": Path(__file__).stem, "data with SHA-256": digest, "updates": steps}
     run |= {f"--{name}": value for name, value in vars(args).items()
             if name not in ("resume", "overwrite", "output_dir", "plain")}
-    folder, k = Path(args.output_dir), args.sync_every
+    folder = Path(args.output_dir)
     state = load_checkpoint(folder, run) if args.resume else None
     folder.mkdir(parents=True, exist_ok=True)
     for old in ["writing-*"] if state else ["writing-*", "step-*.pt", "final"]:
         for path in folder.glob(old):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    metrics_file = folder / "metrics.jsonl"
-    lines = metrics_file.read_text().splitlines(True) if state and metrics_file.exists() else []
-    lines = [x for x in lines if x.endswith("\n") and json.loads(x)["step"] <= state["step"]]
-    (folder / "writing-metrics").write_text("".join(lines))
-    os.replace(folder / "writing-metrics", metrics_file)
+    for file in (folder / "metrics.jsonl", folder / "samples.jsonl")[: 2 if reward else 1]:
+        lines = file.read_text().splitlines(True) if state and file.exists() else []
+        lines = [x for x in lines if x.endswith("\n") and json.loads(x)["step"] <= state["step"]]
+        (folder / "writing-lines").write_text("".join(lines))
+        os.replace(folder / "writing-lines", file)
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
     if state:
@@ -801,18 +1067,26 @@ def main(args: argparse.Namespace) -> dict:
         describe(model, tokenizer, rows, eval_rows, args)
         done, seconds, tokens = 0, 0.0, 0
         eval_rows = with_reference(eval_rows, score(model, eval_rows, args, "held-out rows"))
-        before = after = evaluate(model, eval_rows, args) if eval_rows else {}
+        before = evaluate(model, eval_rows, args) if eval_rows else {}
+        before |= evaluate_reward(model, tokenizer, reward, eval_prompts, 0, args)
+        after = before
         log(folder, {"step": 0, "steps": steps, **before})
+    writer = model, tokenizer, reward, prompts
+    # A stretch is what is trained on until the policy writes anew: offline the run, else n updates.
     batches = (batch for epoch in itertools.count() for batch in epoch_batches(rows, epoch, args))
-    stream = itertools.islice(batches, done, steps)
+    stretch, size = itertools.islice(batches, done, steps), k or n or steps
+    if state and n:
+        stretch = iter([unpack(batch) for batch in state["stretch"]])
     if state:
-        window = collections.deque(with_reference(b, x) for x, b in zip(state["window"], stream))
+        window = collections.deque(with_reference(b, x) for x, b in zip(state["window"], stretch))
         torch.set_rng_state(state["rng"])
         if args.device == "cuda":
             torch.cuda.set_rng_state(state["cuda_rng"])
     else:  # k = 0 is one window that spans the run: the reference is the initial policy for ever
         started = time.perf_counter()
-        window = next_window(model, stream, k or steps, args, "scoring for the reference")
+        if n:
+            stretch = iter(sample_batches(*writer, 0, min(n, steps), args))
+        window = next_window(model, stretch, size, args, "scoring for the reference")
         seconds = time.perf_counter() - started
 
     # SIGINT and SIGTERM: the update is finished and saved first; a second one stops at once.
@@ -832,13 +1106,15 @@ def main(args: argparse.Namespace) -> dict:
                 group["lr"] = args.lr * min(1.0, step / max(1, args.warmup))
 
             # Humanline syncing. When its k batches are used up, the window is filled anew: the
-            # policy as it still is, before this update, scores the next k batches and so is their
-            # reference, which lags one update. Scored after the update they would meet that same
-            # policy: with k = 1 all log-ratios would be 0 and nothing would ever be clipped.
-            if not window:
-                window = next_window(model, stream, k, args)
+            # policy as it still is, before this update, (samples and) scores the next k batches and
+            # so is their reference, which lags one update. Scored after the update they would meet
+            # that same policy: with k = 1 all log-ratios would be 0 and nothing ever clipped.
+            if k > 0 and not window:
+                window, stretch = refill(writer, stretch, step, steps, args)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+            if k == 0 and not window:  # the online baseline: n = 1 is exactly on-policy
+                window, stretch = refill(writer, stretch, step, steps, args)
 
             took, last = time.perf_counter() - started, step == steps
             speed = metrics["tokens"] / took
@@ -846,8 +1122,9 @@ def main(args: argparse.Namespace) -> dict:
             metrics |= {"grad_norm": norm, "lr": optimizer.param_groups[0]["lr"], "tokens": tokens,
                         "tokens_per_second": speed, "seconds": seconds,
                         "peak_memory_gib": peak_memory_gib(args)}
-            if eval_rows and (last or args.eval_every and step % args.eval_every == 0):
-                after = evaluate(model, eval_rows, args)
+            if last or args.eval_every and step % args.eval_every == 0:
+                after = evaluate(model, eval_rows, args) if eval_rows else {}
+                after |= evaluate_reward(model, tokenizer, reward, eval_prompts, step, args)
                 metrics |= after
             log(folder, metrics)
             bar.update()
@@ -855,6 +1132,8 @@ def main(args: argparse.Namespace) -> dict:
                 if not all(weight.isfinite().all() for weight in model.parameters()):
                     raise Stopped(f"update {step}: its weights are not finite; the checkpoints are "
                                   "from before it; try a lower --lr")
+                rest = list(stretch) if n else []  # of a stretch that nothing could make again
+                stretch = iter(rest) if n else stretch
                 save_checkpoint(folder, step, {
                     "run": run, "step": step, "before": before, "after": after,
                     "seconds": seconds, "tokens": tokens, "rng": torch.get_rng_state(),
@@ -862,6 +1141,7 @@ def main(args: argparse.Namespace) -> dict:
                     "cuda_rng": torch.cuda.get_rng_state() if args.device == "cuda" else None,
                     # the weights that scored these are gone
                     "window": [[row.ref_logp for row in batch] for batch in window],
+                    "stretch": [pack(batch) for batch in [*window, *rest]] if n else None,
                     "eval_scores": [row.ref_logp for row in eval_rows],
                 })
             if stop:
