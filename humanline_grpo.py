@@ -602,14 +602,14 @@ def rows_of_group(examples: list[Example], rewards: list[float], number: int) ->
     return [Row([example], number, reward, advantage) for example, reward, advantage in rows]
 
 
-# --- two rewards, for any of the scripts: --reward humanline_grpo.py:math_reward -------------------
+# --- two rewards, for any of the scripts: --reward humanline_grpo.py:math_reward ------------------
 
 
 def math_reward(prompts, completions, answer, **columns) -> list[float]:
     """1.0 where a completion's final answer is the row's `answer` (GSM8K, MATH), else 0.0.
 
-    The final answer is the last \\boxed{}, else what follows ####, else the last number. Answers are
-    compared exactly as numbers where both are numbers, else as normalised text.
+    The final answer is the last \\boxed{}, else what follows ####, else the last number. Answers
+    are compared exactly as numbers where both are numbers, else as normalised text.
     """
     texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
     golds = [gold_answer(gold) for gold in answer]
@@ -620,7 +620,8 @@ def math_reward(prompts, completions, answer, **columns) -> list[float]:
 math_reward.usable = lambda columns: gold_answer(columns.get("answer")) is not None
 
 NUMBER = re.compile(r"-?\\[dt]?frac\{-?\d+\}\{\d+\}"
-                    r"|-?\\?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d+)?(?:\s*/\s*\d+)?\s*\\?%?")
+                    r"|-?\\?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d+)?"
+                    r"(?:\s*/\s*\d+)?\s*\\?%?")
 
 
 def marked_answer(text: str) -> str | None:
@@ -651,12 +652,14 @@ def gold_answer(gold) -> str | None:
 def as_number(text: str) -> tuple[Fraction, bool] | None:
     """(value, has a percent sign) of $1,000, 1e3, 3/4, \\frac{3}{4}, 50%, 7 apples; else None."""
     text = re.sub(r"\\text\{([^{}]*)\}|\\[!,; ]|\\left|\\right", r" \1", text).strip()
-    text = re.sub(r"\\[dt]?frac\{(-?\d+)\}\{(\d+)\}", r"\1/\2", text).replace("\\", "").replace("$", "")
+    text = re.sub(r"\\[dt]?frac\{(-?\d+)\}\{(\d+)\}", r"\1/\2", text)
+    text = text.replace("\\", "").replace("$", "")
     match = re.fullmatch(r"(-?)\s*((?:\d[\d,]*)?(?:\.\d*)?)(?:[eE]([+-]?\d{1,3}))?(?:\s*/\s*(\d+))?"
                          r"\s*(%?)(?:\s*[A-Za-z°][\w°.\s]*|\s+[A-Za-z].*|\.)?", text)
     if not match or not re.search(r"\d", match[2]) or (match[4] and not int(match[4])):
         return None
-    value = Fraction(match[2].replace(",", "").rstrip(".") or "0") * Fraction(10) ** int(match[3] or 0)
+    value = Fraction(match[2].replace(",", "").rstrip(".") or "0")
+    value *= Fraction(10) ** int(match[3] or 0)
     return (-1 if match[1] else 1) * value / int(match[4] or 1), bool(match[5])
 
 
@@ -667,22 +670,23 @@ def same_answer(ours: str | None, gold: str) -> bool:
     if a and b:  # 50% is 0.5, and 50 where only one side writes the sign
         values = [{value, value / 100} if percent else {value} for value, percent in (a, b)]
         return a[0] == b[0] if a[1] == b[1] else bool(values[0] & values[1])
-    plain = [re.sub(r"\\text\{([^{}]*)\}", r"\1", x).replace("dfrac", "frac").replace("tfrac", "frac")
-             for x in (ours, gold)]
+    plain = [re.sub(r"\\text\{([^{}]*)\}", r"\1", x) for x in (ours, gold)]
+    plain = [x.replace("dfrac", "frac").replace("tfrac", "frac") for x in plain]
     plain = [re.sub(r"\\left|\\right|\\[!,; ]|[\s$]|\.$", "", x).lower() for x in plain]
     return plain[0] == plain[1]
 
 
 def model_reward(prompts, completions, reward_model=None, **columns) -> list[float]:
-    """The score of a Hugging Face sequence classifier with one output. Its name is in the environment
-    variable REWARD_MODEL or in the column `reward_model`; its chat template is applied."""
+    """The score of a Hugging Face sequence classifier with one output. Its name is in
+    the variable REWARD_MODEL or the column `reward_model`; its chat template is applied."""
     name = os.environ.get("REWARD_MODEL") or (reward_model or [None])[0]
     if not name:
         raise BadInput("model_reward: name the model in REWARD_MODEL or in a column reward_model")
     tokenizer, model = load_reward_model(name)
     texts = []
     for prompt, completion in zip(prompts, completions):
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        text = isinstance(prompt, str)
+        messages = [{"role": "user", "content": prompt}] if text else list(prompt)
         answer = completion if isinstance(completion, str) else completion[-1]["content"]
         messages.append({"role": "assistant", "content": answer})
         texts.append(tokenizer.apply_chat_template(messages, tokenize=False)
@@ -706,7 +710,7 @@ def load_reward_model(name: str):
         raise BadInput(f"model_reward: {name} has {model.config.num_labels} outputs; it needs one")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id  # it finds the last token so
+    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id  # finds the last token
     return tokenizer, model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 

@@ -3,6 +3,7 @@
 # ./run.sh test [flags]    set everything up, then the tests (flags go to pytest)
 # ./run.sh dpo [flags]     the recipe for one 80 GB GPU: Qwen2.5-1.5B-Instruct on UltraFeedback-ArmoRM
 # ./run.sh kto [flags]     the same for KTO, the pairs taken apart
+# ./run.sh grpo [flags]    Qwen2.5-1.5B-Instruct on MATH, sampled every 64 updates, for one 80 GB GPU
 set -euo pipefail
 cd "$(dirname "$0")"
 
@@ -47,7 +48,15 @@ case "${1:-demo}" in
     run .venv/bin/python humanline_kto.py --model Qwen/Qwen2.5-1.5B-Instruct \
       --data princeton-nlp/llama3-ultrafeedback-armorm --max_rows 10000 --batch_size 64 --sync_every 1 \
       --desirable_weight 1.1 --output_dir runs/kto-qwen2.5-1.5b "$@" ;;
+  grpo)  # bounds, k, 8 samples, temperature and KL weight as in the paper's MATH recipe
+    install requirements.txt
+    shift
+    run .venv/bin/python humanline_grpo.py --model Qwen/Qwen2.5-1.5B-Instruct \
+      --data simplescaling/openaimath --reward humanline_grpo.py:math_reward \
+      --system_prompt 'Please reason step by step, and put your final answer within \boxed{}.' \
+      --sample_every 64 --sync_every 12 --group_size 8 --temperature 0.7 --beta 1e-4 --lr 1e-6 \
+      --max_length 3072 --max_new_tokens 2048 --output_dir runs/grpo-qwen2.5-1.5b "$@" ;;
   *)
-    sed -n '2,5s/^# //p' "$0" >&2
+    sed -n '2,6s/^# //p' "$0" >&2
     exit 2 ;;
 esac

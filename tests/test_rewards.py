@@ -96,3 +96,16 @@ def test_an_online_run_on_gsm8k(run, tmp_path):
                   "--system_prompt", "Answer with a number.", "--batch_size", 8)  # fmt: skip
     assert summary["steps"] == 3 and summary["after"]["eval_reward_greedy"] <= 1
     assert all(m["frac_zero_std"] <= 1 for m in metrics_of(tmp_path / "run")[1:])
+
+
+def test_alpaca_eval_file(policy, tmp_path):
+    import json
+
+    import alpaca_eval
+    from conftest import write_jsonl
+
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"instruction": "abc"}, {"instruction": "d"}])
+    alpaca_eval.main([str(policy), str(path), str(tmp_path / "out.json"), "--max_new_tokens", "5", "--generator", "g"])
+    rows = json.loads((tmp_path / "out.json").read_text())
+    assert [row["instruction"] for row in rows] == ["abc", "d"]
+    assert all(set(row) == {"instruction", "output", "generator"} and row["generator"] == "g" for row in rows)

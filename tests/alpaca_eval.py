@@ -1,0 +1,53 @@
+"""Write AlpacaEval's JSON from a trained folder: [{"instruction", "output", "generator"}, ...].
+
+    python tests/alpaca_eval.py runs/dpo/final instructions.jsonl outputs.json
+
+instructions.jsonl has a column `instruction` (as AlpacaEval's own data set has) or `prompt`. Responses are
+greedy; judge them with `alpaca_eval --model_outputs outputs.json`, which needs a key of the judge's.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch  # noqa: E402
+from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
+
+import humanline_dpo  # noqa: E402
+from common import BadInput, encode_prompt  # noqa: E402
+
+
+def main(argv: list[str] | None = None) -> list[dict]:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    parser.add_argument("model", help="a trained folder, such as runs/dpo/final")
+    parser.add_argument("data", help="instructions: .jsonl, .json, .parquet or Hub id[:config[:split]]")
+    parser.add_argument("output", help="the JSON file to write")
+    parser.add_argument("--max_new_tokens", type=int, default=2048)
+    parser.add_argument("--gen_batch", type=int, default=64)
+    parser.add_argument("--generator", help="the name in the table (default: the folder)")
+    args = parser.parse_args(argv)
+    args.device, args.raw, args.temperature = "cuda" if torch.cuda.is_available() else "cpu", False, 1.0
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).to(args.device).eval()
+    prompts = []
+    for where, row in humanline_dpo.read_rows(args.data):
+        text = humanline_dpo.field(row, "instruction" if "instruction" in row else "prompt", where)
+        prompts.append(humanline_dpo.Prompt(encode_prompt(tokenizer, text), text, row))
+    examples = humanline_dpo.generate(model, tokenizer, prompts, args, greedy=True)
+    texts = [tokenizer.decode(e.ids[e.prompt_len :], skip_special_tokens=True) for e in examples]
+    name = args.generator or str(args.model)
+    rows = [{"instruction": p.text, "output": text, "generator": name} for p, text in zip(prompts, texts)]
+    Path(args.output).write_text(json.dumps(rows, indent=1, ensure_ascii=False))
+    return rows
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except BadInput as error:
+        sys.exit(f"error: {error}")
