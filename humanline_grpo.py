@@ -847,7 +847,7 @@ def plan(rows: list[Row], micro_tokens: int) -> list[list[int]]:
 def score(model, rows: list[Row], args: argparse.Namespace, title: str = "") -> list[list[Tensor]]:
     """Log-probs of all responses under the policy as it is now, each (T,) float32 on the CPU."""
     scored = {}
-    for micro in tqdm(plan(rows, args.micro_tokens), title, leave=False, disable=not title):
+    for micro in tqdm(plan(rows, args.micro_tokens), title, leave=False, disable=not (title and rows)):
         examples = [e for i in micro for e in rows[i].examples]
         with autocast(args):
             logp, _ = response_logps(model, examples, temperature_of(args))  # (B, T)
@@ -914,6 +914,9 @@ def accumulate_gradient(model, batch: list[Row], args: argparse.Namespace) -> di
             "abs_logratio": torch.where(mask, logratio.detach(), 0.0).abs().sum() / tokens,
         })
     groups, rewards = groups_of(batch), [row.reward for row in batch]
+    limit = args.max_new_tokens  # of a sampled response; offline --max_length cuts the whole
+    if not args.sample_every:
+        lengths, limit = [len(row.examples[0].ids) for row in batch], args.max_length
     return {
         "tokens": sum(len(e.ids) for row in batch for e in row.examples),
         **dict(zip(sums, torch.stack(list(sums.values())).tolist())),
@@ -922,7 +925,7 @@ def accumulate_gradient(model, batch: list[Row], args: argparse.Namespace) -> di
         "abs_advantage": statistics.fmean(abs(row.advantage) for row in batch),
         "frac_zero_std": statistics.fmean(all(r.advantage == 0 for r in group) for group in groups),
         "response_length": tokens / len(batch),
-        "cut_off": statistics.fmean(len(row.examples[0].ids) == args.max_length for row in batch),
+        "cut_off": statistics.fmean(length >= limit for length in lengths),
     }
 
 
