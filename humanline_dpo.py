@@ -648,7 +648,8 @@ def plan(rows: list[Row], micro_tokens: int) -> list[list[int]]:
 def score(model, rows: list[Row], args: argparse.Namespace, title: str = "") -> list[list[Tensor]]:
     """Log-probs of all responses under the policy as it is now, each (T,) float32 on the CPU."""
     scored = {}
-    for micro in tqdm(plan(rows, args.micro_tokens), title, leave=False, disable=not (title and rows)):
+    hide = not (title and rows)
+    for micro in tqdm(plan(rows, args.micro_tokens), title, leave=False, disable=hide):
         examples = [e for i in micro for e in rows[i].examples]
         with autocast(args):
             logp, _ = response_logps(model, examples, temperature_of(args))  # (B, T)
