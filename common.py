@@ -1,7 +1,7 @@
 """Tokenization and log-probabilities: the two things that the three scripts import.
 
-Shapes: B sequences, L their padded length, T response tokens of the longest, N response tokens in all,
-H the hidden size, V the vocabulary. Log-probabilities are in nats.
+Shapes: B sequences, L their padded length, T response tokens of the longest, N response tokens in
+all, H the hidden size, V the vocabulary. Log-probabilities are in nats.
 """
 
 import functools
@@ -11,13 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Bytes of float32 logits that exist at once. On a CPU a chunk should fit the cache, on a GPU it should
-# fill the multiprocessors; the result does not depend on it.
+# Bytes of float32 logits that exist at once. On a CPU a chunk should fit the cache, on a GPU it
+# should fill the multiprocessors; the result does not depend on it.
 CHUNK_BYTES = {"cpu": 2**25, "cuda": 2**28}
 
 
 class BadInput(ValueError):
-    """An input that cannot be used: the message is one line that says where, what, and how to mend it."""
+    """An input that cannot be used: one line that says where, what, and how to mend it."""
 
 
 class Example(NamedTuple):
@@ -27,15 +27,15 @@ class Example(NamedTuple):
     prompt_len: int
 
 
-# ---------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Tokenization: a response is the tokens that generation would have produced after the prompt
-# ---------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 
 
 def render(tokenizer, messages: list[dict], **options) -> str:
-    """The chat template's text. Raises BadInput where there is no template or it refuses the messages."""
+    """The chat template's text. Raises BadInput where there is none or it refuses the messages."""
     if not tokenizer.chat_template:
-        raise BadInput("messages, but the tokenizer has no chat template; use strings or a chat model")
+        raise BadInput("messages, but the tokenizer has no chat template; use strings")
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, **options)
     except Exception as error:  # a template is its author's program and may raise anything
@@ -43,10 +43,10 @@ def render(tokenizer, messages: list[dict], **options) -> str:
 
 
 def tokenize(tokenizer, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False)["input_ids"]  # templates write their own specials
+    return tokenizer(text, add_special_tokens=False)["input_ids"]  # templates own the specials
 
 
-def prompt_text(tokenizer, prompt: str | list[dict], raw: bool = False) -> tuple[str, list[dict] | None]:
+def prompt_text(tokenizer, prompt: str | list[dict], raw: bool = False) -> tuple:
     """A prompt as text, and as messages where the chat template is used: not for raw strings."""
     if isinstance(prompt, str) and (raw or not tokenizer.chat_template):
         adds_bos = tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
@@ -60,7 +60,7 @@ def prompt_text(tokenizer, prompt: str | list[dict], raw: bool = False) -> tuple
 def encode_prompt(tokenizer, prompt: str | list[dict], raw: bool = False) -> list[int]:
     """Token ids of a prompt, ready for generation.
 
-    prompt: a string (wrapped as a user message where there is a chat template, unless raw) or messages.
+    prompt: a string (a user message where there is a chat template, unless raw) or messages.
     Raises BadInput for messages without a template or that the template refuses.
     """
     return tokenize(tokenizer, prompt_text(tokenizer, prompt, raw)[0])
@@ -69,8 +69,8 @@ def encode_prompt(tokenizer, prompt: str | list[dict], raw: bool = False) -> lis
 @functools.lru_cache(maxsize=8)
 def _end_of_turn(tokenizer, template: str) -> tuple[str, list[int]]:
     answer = "An answer."
-    dialogue = [{"role": "user", "content": "A question?"}, {"role": "assistant", "content": answer}]
-    text = render(tokenizer, dialogue)
+    user, assistant = {"role": "user", "content": "Q?"}, {"role": "assistant", "content": answer}
+    text = render(tokenizer, [user, assistant])
     if answer not in text:
         raise BadInput("the chat template leaves out text that is a string; use a text template")
     tail = text.rpartition(answer)[2]
@@ -92,18 +92,20 @@ def end_of_turn(tokenizer, raw: bool = False) -> tuple[str, list[int]]:
     if tokenizer.chat_template and not raw:
         tail, end = _end_of_turn(tokenizer, str(tokenizer.chat_template))
     if not end and tokenizer.eos_token_id is None:
-        raise BadInput("the tokenizer has no EOS token, so no response could end; set its eos_token")
+        raise BadInput("the tokenizer has no EOS token, so no response ends; set its eos_token")
     return tail, end or [tokenizer.eos_token_id]
 
 
 def encode(
-    tokenizer, prompt: str | list[dict], response: str | list[dict], max_length: int, raw: bool = False
+    tokenizer, prompt: str | list[dict], response: str | list[dict],
+    max_length: int, raw: bool = False,
 ) -> Example | None:
     """Token ids of a prompt and a response, at most max_length; None if the prompt leaves no room.
 
-    response: a string or a list of one assistant message. It becomes what the template puts after the
-    prompt up to its end of turn; where the whole does not start with the prompt's rendering (reasoning
-    templates), the tokens of the text, then the end of turn. A response cut at max_length has no end.
+    response: a string or a list of one assistant message. It becomes what the template puts after
+    the prompt up to its end of turn; where the whole does not start with the prompt's rendering
+    (reasoning templates), the tokens of the text, then the end of turn. Cut at max_length it has no
+    end.
     """
     text = response if isinstance(response, str) else response[0]["content"]
     before, messages = prompt_text(tokenizer, prompt, raw)
@@ -124,14 +126,14 @@ def encode(
     return Example((prompt_ids + ids)[:max_length], len(prompt_ids))
 
 
-# ---------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Log-probabilities of response tokens, without ever holding tokens × vocabulary
-# ---------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 
 
 class _TokenLogps(torch.autograd.Function):
-    """log softmax(head(hidden))[target] in chunks; backward recomputes a chunk's logits from the kept
-    log-sum-exp instead of keeping them. Matrix products run in the compute dtype (bf16 under autocast),
+    """log softmax(head(hidden))[target] in chunks; backward makes a chunk's logits again and, with the
+    kept log-sum-exp, their softmax. Matrix products run in the compute dtype (bf16 under autocast),
     the log-softmax and its gradient in float32."""
 
     @staticmethod
@@ -185,26 +187,31 @@ def _logits(hidden, weight, bias, scale, cap, temperature):
     return logits / temperature if temperature != 1 else logits
 
 
-def response_logps(model, examples: list[Example], temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+def response_logps(
+    model, examples: list[Example], temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
     """Log-probability of every response token, in nats.
 
     Returns logp (B, T) float32, 0 on padding, and mask (B, T) bool, true on response tokens (from
     lengths), both on the model's device; t = 0 is the first response token.
     Rows are padded on the right and no attention mask is needed: a causal model never looks there.
     """
-    config, head, device = model.config.get_text_config(), model.get_output_embeddings(), model.device
+    config, device = model.config.get_text_config(), model.device
+    head = model.get_output_embeddings()
     width = max(len(e.ids) for e in examples)
     ids = torch.tensor([e.ids + [0] * (width - len(e.ids)) for e in examples])  # (B, L)
     starts = torch.tensor([e.prompt_len for e in examples])
     lengths = torch.tensor([len(e.ids) for e in examples]) - starts
     mask = torch.arange(int(lengths.max())) < lengths[:, None]  # (B, T)
-    row, t = mask.nonzero(as_tuple=True)  # (N,): indices are made on the CPU, so that a GPU never waits
+    row, t = mask.nonzero(as_tuple=True)  # (N,): made on the CPU, so that a GPU never waits
     target = ids[row, starts[row] + t].to(device, non_blocking=True)
-    # The one shift: token i is predicted from the hidden state at i − 1, so the last input is not needed.
+    # The one shift: token i is predicted from the state at i − 1; the last input is not needed.
     position = (row * (width - 1) + starts[row] + t - 1).to(device, non_blocking=True)
-    hidden = model.base_model(ids[:, :-1].to(device), use_cache=False).last_hidden_state  # (B, L-1, H)
+    inputs = ids[:, :-1].to(device)  # (B, L-1)
+    hidden = model.base_model(inputs, use_cache=False).last_hidden_state  # (B, L-1, H)
     hidden = hidden.flatten(0, 1).index_select(0, position)  # (N, H): no head on prompt tokens
-    scale = (getattr(config, "logit_scale", None) or 1) / (getattr(config, "logits_scaling", None) or 1)
+    scale = getattr(config, "logit_scale", None) or 1  # Cohere
+    scale = scale / (getattr(config, "logits_scaling", None) or 1)  # Granite
     cap = getattr(config, "final_logit_softcapping", None)
     flat = _TokenLogps.apply(
         hidden, head.weight, getattr(head, "bias", None), target, scale, cap, temperature
@@ -216,17 +223,17 @@ def response_logps(model, examples: list[Example], temperature: float = 1.0) -> 
 
 @torch.no_grad()
 def check_model(model, example: Example) -> None:
-    """Refuse by name a model family whose logits response_logps does not rebuild, on a short example."""
+    """Refuse by name a family whose logits response_logps does not rebuild, on a short example."""
     cut = max(0, example.prompt_len - 32)
     example = Example(example.ids[cut : example.prompt_len + 32], example.prompt_len - cut)
     ids = torch.tensor([example.ids], device=model.device)
     try:
-        logits = model(ids, use_cache=False).logits[0, example.prompt_len - 1 : -1].float()  # (T, V)
+        logits = model(ids, use_cache=False).logits[0, example.prompt_len - 1 : -1].float()
         truth = logits.log_softmax(-1).gather(-1, ids[0, example.prompt_len :, None]).squeeze(-1)
         error = (response_logps(model, [example])[0][0] - truth).abs().max().item()
         fault = "" if error < 5e-3 else f"off by {error:.2g} nats"
     except Exception as error:  # a family of another build may raise anything
         fault = " ".join(f"{type(error).__name__} {error}".split())
     if fault:
-        raise BadInput(f"--model: {model.config.model_type} computes its logits in a way that common.py "
-                       f"does not rebuild ({fault}); use another family")
+        raise BadInput(f"--model: {model.config.model_type} computes its logits in a way that "
+                       f"common.py does not rebuild ({fault}); use another family")

@@ -27,7 +27,8 @@ so at a sync the policy itself scores these and the numbers are kept: the same a
 
 Departures from the authors' code: M_P and M_R of humanline sampling are taken per response (there
 per micro-batch); every mean is over the whole update, however it is cut into micro-batches; the
-reference lags one update on one GPU too (there it aliases the live weights: the method is off).
+reference lags one update on one GPU too (there it aliases the live weights: the method is off);
+k is counted anew in each sampled stretch.
 
     python humanline_dpo.py --model Qwen/Qwen2.5-1.5B-Instruct \
         --data princeton-nlp/llama3-ultrafeedback-armorm

@@ -30,7 +30,8 @@ so at a sync the policy itself scores these and the numbers are kept: the same a
 
 Departures: one reference for ratio and KL (TRL takes the KL to the initial model); std + 1e-4 of
 the population (HALOs 1e-2, TRL the sample's); M_P and M_R of humanline sampling per response; means
-over the whole update, however it is cut; the reference lags one update on one GPU too.
+over the whole update, however it is cut; the reference lags one update on one GPU too; k is
+counted anew in each sampled stretch.
 
     python humanline_grpo.py --model Qwen/Qwen2.5-1.5B-Instruct \
         --data princeton-nlp/llama3-ultrafeedback-armorm

@@ -29,7 +29,8 @@ so at a sync the policy itself scores these and the numbers are kept: the same a
 
 Departures from the authors' code: M_P and M_R of humanline sampling are per response (there per
 micro-batch); ẑ0 and every mean are over the whole update, however it is cut into micro-batches; the
-reference lags one update on one GPU too (there it aliases the live weights: the method is off).
+reference lags one update on one GPU too (there it aliases the live weights: the method is off);
+k is counted anew in each sampled stretch.
 
     python humanline_kto.py --model Qwen/Qwen2.5-1.5B-Instruct --data trl-lib/kto-mix-14k
 
