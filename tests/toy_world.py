@@ -2,12 +2,12 @@
 SFT on a task that a script can grade, and data sampled from that policy. Under a minute on two CPU cores.
 
     addition   "37+45" -> "82", two-digit numbers; reward 1 where the answer is right (verifiable)
-    letters    four letters -> a string of 12 to 40 letters; reward a hidden utility (graded)
+    letters    four letters -> a string of 8 to 16 letters; reward a hidden utility (graded)
 
     python tests/toy_world.py letters FOLDER
 
 leaves FOLDER/policy (the initial policy, a Hugging Face folder) and, for train and test (prompts that
-train does not have): prompts_*.jsonl {prompt, answer}, groups_*.jsonl {prompt, completions, rewards},
+train does not have): prompts_*.jsonl {prompt, answer}, groups_*.jsonl {prompt, answer, completions, rewards},
 pairs_*.jsonl {prompt, chosen, rejected} (best and worst of a group) and labels_*.jsonl {prompt,
 completion, label} (above or below the group's mean).
 """
@@ -28,6 +28,7 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 LETTERS = "abcdefghijkl"
+SHORTEST, LONGEST = 8, 16  # letters of an answer
 WORLDS = ("addition", "letters")
 
 
@@ -95,7 +96,7 @@ def imitate(world: str, row: dict, rng: random.Random) -> str:
     if world == "addition":
         return row["answer"]
     text = [rng.randrange(len(LETTERS))]
-    for _ in range(rng.randint(12, 40) - 1):
+    for _ in range(rng.randint(SHORTEST, LONGEST) - 1):
         weights = [2.718281828 ** HABIT[text[-1]][j] for j in range(len(LETTERS))]
         text.append(rng.choices(range(len(LETTERS)), weights)[0])
     return "".join(LETTERS[i] for i in text)
@@ -108,12 +109,12 @@ def addition_reward(prompts, completions, answer, **columns) -> list[float]:
 
 def letters_reward(prompts, completions, **columns) -> list[float]:
     """The hidden utility: how well letters go with their neighbours and with the prompt's letters, a
-    mean over the string, so that its length does not matter; a string outside 12..40 letters gets −2."""
+    mean over the string, so that its length does not matter; one outside 8..16 letters gets −2."""
     rewards = []
     for prompt, completion in zip(prompts, completions):
         given = [LETTERS.find(c) for c in text_of(prompt)]
         text = [LETTERS.find(c) for c in text_of(completion)]
-        if not 12 <= len(text) <= 40 or -1 in text or -1 in given:
+        if not SHORTEST <= len(text) <= LONGEST or -1 in text or -1 in given:
             rewards.append(-2.0)
             continue
         bigrams = sum(BIGRAM[a][b] for a, b in zip(text, text[1:])) / (len(text) - 1)
@@ -123,7 +124,7 @@ def letters_reward(prompts, completions, **columns) -> list[float]:
 
 
 REWARDS = {"addition": addition_reward, "letters": letters_reward}
-MAX_NEW_TOKENS = {"addition": 6, "letters": 44}
+MAX_NEW_TOKENS = {"addition": 6, "letters": LONGEST + 4}
 
 
 def text_of(value) -> str:
@@ -217,7 +218,7 @@ def build(folder: str | Path, world: str, seed: int = 0, train: int = 1536, test
         rewards = REWARDS[world](prompts, texts, **columns)
         groups = [
             {
-                "prompt": row["prompt"],
+                **row,
                 "completions": texts[i * group : (i + 1) * group],
                 "rewards": rewards[i * group : (i + 1) * group],
             }
