@@ -4,16 +4,20 @@ Shapes: B sequences, L their padded length, T response tokens of the longest, N 
 all, H the hidden size, V the vocabulary. Log-probabilities are in nats.
 """
 
+import collections
 import functools
+import itertools
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 # Bytes of float32 logits that exist at once. On a CPU a chunk should fit the cache, on a GPU it
 # should fill the multiprocessors; the result does not depend on it.
 CHUNK_BYTES = {"cpu": 2**25, "cuda": 2**28}
+MAX_PADDING = {"cpu": 128, "cuda": 512}  # tokens: about what the start of a micro-batch costs
 
 
 class BadInput(ValueError):
@@ -187,6 +191,46 @@ def _logits(hidden, weight, bias, scale, cap, temperature):
     return logits / temperature if temperature != 1 else logits
 
 
+def layout(model, examples: list[Example]) -> tuple[list[list[int]], list[int]]:
+    """Which examples share a row, [prompt | response | response …], and the rows' lengths in tokens.
+
+    Examples of one prompt do, where check_sharing has found that the model keeps them apart, in
+    even rows of about model.row_tokens at most; else each has its own.
+    """
+    prompts, rows = collections.defaultdict(list), collections.defaultdict(list)
+    for i, e in enumerate(examples):
+        prompts[tuple(e.ids[: e.prompt_len])].append(i)
+    for prompt, members in prompts.items():
+        sizes = [len(examples[i].ids) - len(prompt) for i in members]
+        room, ends = getattr(model, "row_tokens", 0) - len(prompt), itertools.accumulate(sizes)
+        count = -(-sum(sizes) // room) if room > max(sizes) else sum(sizes)
+        for i, size, end in zip(members, sizes, ends):
+            rows[prompt, (end - size) * count // sum(sizes)].append(i)
+    lengths = [len(prompt) + sum(len(examples[i].ids) - len(prompt) for i in members)
+               for (prompt, _), members in rows.items()]
+    return list(rows.values()), lengths
+
+
+def micro_batches(model, units: list[list[Example]], micro_tokens: int) -> list[list[int]]:
+    """Cut units, longest first, into micro-batches of at most micro_tokens padded tokens (indices).
+
+    The examples of a unit stay together; one that is larger runs alone. A micro-batch also ends
+    where its padding would cost more than a new one.
+    """
+    lengths = [layout(model, unit)[1] for unit in units]
+    micros, width, room, padding = [], 0, 0, 0
+    for i in sorted(range(len(units)), key=lambda i: -max(lengths[i])):
+        padding += len(lengths[i]) * width - sum(lengths[i])
+        full = len(lengths[i]) * width > room or padding > MAX_PADDING[model.device.type]
+        if not micros or full:
+            width, room = max(lengths[i]), micro_tokens
+            padding = len(lengths[i]) * width - sum(lengths[i])
+            micros.append([])
+        micros[-1].append(i)
+        room -= len(lengths[i]) * width
+    return micros
+
+
 def response_logps(
     model, examples: list[Example], temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
@@ -194,29 +238,45 @@ def response_logps(
 
     Returns logp (B, T) float32, 0 on padding, and mask (B, T) bool, true on response tokens (from
     lengths), both on the model's device; t = 0 is the first response token.
-    Rows are padded on the right and no attention mask is needed: a causal model never looks there.
+    Rows are padded on the right. A causal model never looks there, so no attention mask is needed
+    but where responses share a row: there they see the prompt and themselves, not one another.
     """
     config, device = model.config.get_text_config(), model.device
     head = model.get_output_embeddings()
-    width = max(len(e.ids) for e in examples)
-    ids = torch.tensor([e.ids + [0] * (width - len(e.ids)) for e in examples])  # (B, L)
+    # The one shift: a token is predicted from the state before it, so the last input is not needed.
+    rows, lines = layout(model, examples)[0], []
+    row, at = torch.zeros(2, len(examples), dtype=torch.long)  # (B,): where a response's input is
+    for number, members in enumerate(rows):
+        prompt = examples[members[0]].ids[: examples[members[0]].prompt_len]
+        line = [prompt, list(range(len(prompt))), [0] * len(prompt)]  # ids, positions, owners
+        for owner, i in enumerate(members, 1):
+            row[i], at[i], inputs = number, len(line[0]), examples[i].ids[len(prompt) : -1]
+            places = range(len(prompt), len(prompt) + len(inputs))
+            line = [line[0] + inputs, line[1] + list(places), line[2] + [owner] * len(inputs)]
+        lines.append(torch.tensor(line))
+    inputs = pad_sequence([x.T for x in lines], batch_first=True).to(device)  # (rows, L, 3)
+    ids, position, owner = inputs.unbind(-1)  # (rows, L)
+    options = {}
+    if len(rows) < len(examples):
+        seen = (owner[:, None] == 0) | (owner[:, None] == owner[:, :, None])  # (rows, L, L)
+        options = {"attention_mask": seen.tril()[:, None], "position_ids": position}
+    hidden = model.base_model(ids, use_cache=False, **options).last_hidden_state  # (rows, L, H)
+
     starts = torch.tensor([e.prompt_len for e in examples])
     lengths = torch.tensor([len(e.ids) for e in examples]) - starts
     mask = torch.arange(int(lengths.max())) < lengths[:, None]  # (B, T)
-    row, t = mask.nonzero(as_tuple=True)  # (N,): made on the CPU, so that a GPU never waits
-    target = ids[row, starts[row] + t].to(device, non_blocking=True)
-    # The one shift: token i is predicted from the state at i − 1; the last input is not needed.
-    position = (row * (width - 1) + starts[row] + t - 1).to(device, non_blocking=True)
-    inputs = ids[:, :-1].to(device)  # (B, L-1)
-    hidden = model.base_model(inputs, use_cache=False).last_hidden_state  # (B, L-1, H)
-    hidden = hidden.flatten(0, 1).index_select(0, position)  # (N, H): no head on prompt tokens
+    i, t = mask.nonzero(as_tuple=True)  # (N,): made on the CPU, so that a GPU never waits
+    target = torch.tensor([token for e in examples for token in e.ids[e.prompt_len :]])  # (N,)
+    before = row[i] * ids.shape[1] + torch.where(t == 0, starts[i], at[i] + t) - 1  # (N,)
+    target, before = (x.to(device, non_blocking=True) for x in (target, before))
+    hidden = hidden.flatten(0, 1).index_select(0, before)  # (N, H): no head on prompt tokens
     scale = getattr(config, "logit_scale", None) or 1  # Cohere
     scale = scale / (getattr(config, "logits_scaling", None) or 1)  # Granite
     cap = getattr(config, "final_logit_softcapping", None)
     flat = _TokenLogps.apply(
         hidden, head.weight, getattr(head, "bias", None), target, scale, cap, temperature
     )
-    slot = (row * mask.shape[1] + t).to(device, non_blocking=True)
+    slot = (i * mask.shape[1] + t).to(device, non_blocking=True)
     logp = flat.new_zeros(mask.numel()).index_copy(0, slot, flat).view(mask.shape)  # (B, T)
     return logp, mask.to(device, non_blocking=True)
 
@@ -237,3 +297,21 @@ def check_model(model, example: Example) -> None:
     if fault:
         raise BadInput(f"--model: {model.config.model_type} computes its logits in a way that "
                        f"common.py does not rebuild ({fault}); use another family")
+
+
+@torch.no_grad()
+def check_sharing(model, example: Example) -> None:
+    """Let examples of one prompt share a row if the model keeps them apart on the longest example:
+    some families take a mask and then forget their window, others have no use for one."""
+    ids, cut = example
+    pair, model.row_tokens = [Example(ids[:cut] + ids[cut:][::-1], cut), example], 0
+    apart, _ = response_logps(model, pair)
+    try:
+        model.row_tokens = 4 * len(example.ids)
+        error = (response_logps(model, pair)[0] - apart).abs().max().item()
+    except Exception as problem:  # a family of another build may raise anything
+        error = problem
+    # Under a mask attention is not cut at the diagonal: in a row of 2 H tokens it costs a third of
+    # the products with the weights, in longer ones it would eat what sharing saves.
+    fits = isinstance(error, float) and error < 5e-3
+    model.row_tokens = 2 * model.config.get_text_config().hidden_size if fits else 0

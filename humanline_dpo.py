@@ -67,8 +67,8 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from common import BadInput, Example, check_model, encode, encode_prompt
-from common import end_of_turn, response_logps
+from common import BadInput, Example, check_model, check_sharing, encode, encode_prompt
+from common import end_of_turn, layout, micro_batches, response_logps
 
 # ==================================================================================================
 # 1. Arguments
@@ -622,27 +622,10 @@ def temperature_of(args: argparse.Namespace) -> float:
     return args.temperature if args.sample_every else 1.0
 
 
-MAX_PADDING = 512  # tokens; our choice: about what the start of one more micro-batch costs
-
-
-def plan(rows: list[Row], micro_tokens: int) -> list[list[int]]:
-    """Cut rows, longest first, into micro-batches of at most micro_tokens padded tokens (indices).
-
-    A row that is longer runs alone; a micro-batch also ends where its padding would cost more than
-    a new one. Scoring and training use the same cut: where the policy has not moved since it scored
-    them, the log-ratios are exactly 0.
-    """
-    longest = [max(len(e.ids) for e in row.examples) for row in rows]
-    micros, width, room, padding = [], 0, 0, 0
-    for i in sorted(range(len(rows)), key=lambda i: -longest[i]):
-        size = len(rows[i].examples)
-        padding += size * (width - longest[i])
-        if not micros or size * width > room or padding > MAX_PADDING:
-            micros.append([])
-            width, room, padding = longest[i], micro_tokens, 0
-        micros[-1].append(i)
-        room -= size * width
-    return micros
+def plan(model, rows: list[Row], micro_tokens: int) -> list[list[int]]:
+    """The micro-batches of an update, as indices. Scoring and training use the same cut: where the
+    policy has not moved since it scored them, the log-ratios are exactly 0."""
+    return micro_batches(model, [row.examples for row in rows], micro_tokens)
 
 
 @torch.no_grad()
@@ -650,7 +633,7 @@ def score(model, rows: list[Row], args: argparse.Namespace, title: str = "") -> 
     """Log-probs of all responses under the policy as it is now, each (T,) float32 on the CPU."""
     scored = {}
     hide = not (title and rows)
-    for micro in tqdm(plan(rows, args.micro_tokens), title, leave=False, disable=hide):
+    for micro in tqdm(plan(model, rows, args.micro_tokens), title, leave=False, disable=hide):
         examples = [e for i in micro for e in rows[i].examples]
         with autocast(args):
             logp, _ = response_logps(model, examples, temperature_of(args))  # (B, T)
@@ -690,7 +673,7 @@ def accumulate_gradient(model, batch: list[Row], args: argparse.Namespace) -> di
     pairs = len(batch)  # every mean is over the whole update, so that the cut changes nothing
     tokens = sum(len(e.ids) - e.prompt_len for row in batch for e in row.examples)
     sums = collections.Counter()  # of tensors: a GPU is asked for them once an update
-    for micro in plan(batch, args.micro_tokens):
+    for micro in plan(model, batch, args.micro_tokens):
         examples = [batch[i].examples[side] for side in (0, 1) for i in micro]
         ref_logp = [batch[i].ref_logp[side] for side in (0, 1) for i in micro]
         ref_logp = pad_sequence(ref_logp, batch_first=True).to(args.device)  # (B, T)
@@ -870,7 +853,7 @@ def load_tokenizer(args: argparse.Namespace):
     return tokenizer
 
 
-def load_policy(tokenizer, example: Example, args: argparse.Namespace):
+def load_policy(tokenizer, example: Example, longest: Example, args: argparse.Namespace):
     """The policy in float32, dropout off. Raises BadInput where its weights are not fit."""
     try:  # the dtype is named since transformers would keep a bf16, which small updates do not move
         model, info = AutoModelForCausalLM.from_pretrained(
@@ -887,6 +870,7 @@ def load_policy(tokenizer, example: Example, args: argparse.Namespace):
                        "embeddings; use the model's own tokenizer")
     model.to(args.device).eval()  # for the whole run: there is no dropout in scoring or in training
     check_model(model, example)
+    check_sharing(model, longest)
     if args.activation_checkpointing:
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
         for module in model.modules():  # works in training mode only; what is inside stays in eval
@@ -935,7 +919,12 @@ def main(args: argparse.Namespace) -> dict:
         steps = -(-args.epochs * len(prompts) // groups_needed(1, args))
     steps = args.steps or steps
     first = rows[0].examples[0] if rows else Example(prompts[0].ids * 2, len(prompts[0].ids))
-    model = load_policy(tokenizer, first, args)
+    examples = [example for row in rows + eval_rows for example in row.examples]
+    longest = max(examples, key=lambda e: len(e.ids), default=None)
+    if n:  # as long as a sample may become
+        ids = first.ids[: first.prompt_len]
+        longest = Example((ids * args.max_length)[: args.max_length], len(ids))
+    model = load_policy(tokenizer, first, longest, args)
     used = {id(row) for batch in epoch_batches(rows, 0, args) for row in batch} if rows else ()
     ragged = sum(id(row) not in used for row in rows)
     if n:

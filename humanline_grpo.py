@@ -73,8 +73,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers import AutoModelForSequenceClassification
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from common import BadInput, Example, check_model, encode, encode_prompt
-from common import end_of_turn, response_logps
+from common import BadInput, Example, check_model, check_sharing, encode, encode_prompt
+from common import end_of_turn, layout, micro_batches, response_logps
 
 # ==================================================================================================
 # 1. Arguments
@@ -814,34 +814,21 @@ def temperature_of(args: argparse.Namespace) -> float:
     return args.temperature if args.sample_every else 1.0
 
 
-MAX_PADDING = 512  # tokens; our choice: about what the start of one more micro-batch costs
-
-
-def plan(rows: list[Row], micro_tokens: int) -> list[list[int]]:
-    """Cut rows, longest groups first, into micro-batches of at most micro_tokens padded tokens.
-
-    A group stays together where it fits, a row that is longer runs alone; a micro-batch also ends
-    where its padding would cost more than a new one. Scoring and training use the same cut: where
-    the policy has not moved since it scored them, the log-ratios are exactly 0. Returns indices.
-    """
-    longest = [max(len(e.ids) for e in row.examples) for row in rows]
+def plan(model, rows: list[Row], micro_tokens: int) -> list[list[int]]:
+    """The micro-batches of an update, as indices; a group stays together where it fits. Scoring and
+    training use the same cut: where the policy has not moved since it scored them, the log-ratios
+    are exactly 0."""
     groups = collections.defaultdict(list)
-    for i in sorted(range(len(rows)), key=lambda i: -longest[i]):
-        groups[rows[i].group].append(i)
-    micros, width, room, padding = [], 0, 0, 0
-    for group in groups.values():  # in the order of their longest rows
-        padding += sum(width - longest[i] for i in group)
-        widest = longest[group[0]]  # wider than the end of a group that was cut
-        if widest > width or len(group) * width > room or padding > MAX_PADDING:
-            micros.append([])
-            width, room, padding = widest, micro_tokens, 0
-        for i in group:
-            if micros[-1] and width > room:  # the group alone is over micro_tokens
-                micros.append([])
-                width, room, padding = longest[i], micro_tokens, 0
-            micros[-1].append(i)
-            room -= width
-    return micros
+    for i, row in enumerate(rows):
+        groups[row.group].append(i)
+    units = []
+    for group in groups.values():
+        lengths = layout(model, [rows[i].examples[0] for i in group])[1]
+        fits = len(lengths) * max(lengths) <= micro_tokens
+        units += [group] if fits else [[i] for i in group]
+    examples = [[rows[i].examples[0] for i in unit] for unit in units]
+    micros = micro_batches(model, examples, micro_tokens)
+    return [[i for j in micro for i in units[j]] for micro in micros]
 
 
 @torch.no_grad()
@@ -849,7 +836,7 @@ def score(model, rows: list[Row], args: argparse.Namespace, title: str = "") -> 
     """Log-probs of all responses under the policy as it is now, each (T,) float32 on the CPU."""
     scored = {}
     hide = not (title and rows)
-    for micro in tqdm(plan(rows, args.micro_tokens), title, leave=False, disable=hide):
+    for micro in tqdm(plan(model, rows, args.micro_tokens), title, leave=False, disable=hide):
         examples = [e for i in micro for e in rows[i].examples]
         with autocast(args):
             logp, _ = response_logps(model, examples, temperature_of(args))  # (B, T)
@@ -889,7 +876,7 @@ def accumulate_gradient(model, batch: list[Row], args: argparse.Namespace) -> di
     lengths = [len(e.ids) - e.prompt_len for row in batch for e in row.examples]
     tokens = sum(lengths)  # every mean is over the whole update, so that the cut changes nothing
     sums = collections.Counter()  # of tensors: a GPU is asked for them once an update
-    for micro in plan(batch, args.micro_tokens):
+    for micro in plan(model, batch, args.micro_tokens):
         examples = [batch[i].examples[0] for i in micro]
         ref_logp = [batch[i].ref_logp[0] for i in micro]
         ref_logp = pad_sequence(ref_logp, batch_first=True).to(args.device)  # (B, T)
@@ -1086,7 +1073,7 @@ def load_tokenizer(args: argparse.Namespace):
     return tokenizer
 
 
-def load_policy(tokenizer, example: Example, args: argparse.Namespace):
+def load_policy(tokenizer, example: Example, longest: Example, args: argparse.Namespace):
     """The policy in float32, dropout off. Raises BadInput where its weights are not fit."""
     try:  # the dtype is named since transformers would keep a bf16, which small updates do not move
         model, info = AutoModelForCausalLM.from_pretrained(
@@ -1103,6 +1090,7 @@ def load_policy(tokenizer, example: Example, args: argparse.Namespace):
                        "embeddings; use the model's own tokenizer")
     model.to(args.device).eval()  # for the whole run: there is no dropout in scoring or in training
     check_model(model, example)
+    check_sharing(model, longest)
     if args.activation_checkpointing:
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
         for module in model.modules():  # works in training mode only; what is inside stays in eval
@@ -1151,7 +1139,12 @@ def main(args: argparse.Namespace) -> dict:
         steps = -(-args.epochs * len(prompts) // groups_needed(1, args))
     steps = args.steps or steps
     first = rows[0].examples[0] if rows else Example(prompts[0].ids * 2, len(prompts[0].ids))
-    model = load_policy(tokenizer, first, args)
+    examples = [example for row in rows + eval_rows for example in row.examples]
+    longest = max(examples, key=lambda e: len(e.ids), default=None)
+    if n:  # as long as a sample may become
+        ids = first.ids[: first.prompt_len]
+        longest = Example((ids * args.max_length)[: args.max_length], len(ids))
+    model = load_policy(tokenizer, first, longest, args)
     used = {id(row) for batch in epoch_batches(rows, 0, args) for row in batch} if rows else ()
     ragged = sum(id(row) not in used for row in rows)
     if n:

@@ -68,8 +68,8 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from common import BadInput, Example, check_model, encode, encode_prompt
-from common import end_of_turn, response_logps
+from common import BadInput, Example, check_model, check_sharing, encode, encode_prompt
+from common import end_of_turn, layout, micro_batches, response_logps
 
 # ==================================================================================================
 # 1. Arguments
@@ -663,29 +663,15 @@ def temperature_of(args: argparse.Namespace) -> float:
     return args.temperature if args.sample_every else 1.0
 
 
-MAX_PADDING = 512  # tokens; our choice: about what the start of one more micro-batch costs
-
-
-def plan(rows: list[Row], micro_tokens: int) -> list[list[int]]:
-    """Cut rows, longest first, into micro-batches of at most micro_tokens padded tokens (indices).
-
-    A row that is longer runs alone; a micro-batch also ends where its padding would cost more than
-    a new one. Scoring and training use the same cut: where the policy has not moved since it scored
-    them, the log-ratios are exactly 0.
-    """
-    longest = [max(len(e.ids) for e in row.examples) for row in rows]
-    mismatched = [row.desirable is None for row in rows]  # run apart from what is trained
-    micros, width, room, padding = [], 0, 0, 0
-    for i in sorted(range(len(rows)), key=lambda i: (mismatched[i], -longest[i])):
-        size = len(rows[i].examples)
-        padding += size * (width - longest[i])
-        apart = micros and mismatched[i] != mismatched[micros[-1][0]]
-        if not micros or apart or size * width > room or padding > MAX_PADDING:
-            micros.append([])
-            width, room, padding = longest[i], micro_tokens, 0
-        micros[-1].append(i)
-        room -= size * width
-    return micros
+def plan(model, rows: list[Row], micro_tokens: int) -> list[list[int]]:
+    """The micro-batches of an update, as indices; mismatched pairs apart from what is trained.
+    Scoring and training use the same cut: where the policy has not moved since it scored them, the
+    log-ratios are exactly 0."""
+    labelled, mismatched = [], []
+    for i, row in enumerate(rows):
+        (mismatched if row.desirable is None else labelled).append(i)
+    return [[part[j] for j in micro] for part in (labelled, mismatched)
+            for micro in micro_batches(model, [rows[i].examples for i in part], micro_tokens)]
 
 
 @torch.no_grad()
@@ -693,7 +679,7 @@ def score(model, rows: list[Row], args: argparse.Namespace, title: str = "") -> 
     """Log-probs of all responses under the policy as it is now, each (T,) float32 on the CPU."""
     scored = {}
     hide = not (title and rows)
-    for micro in tqdm(plan(rows, args.micro_tokens), title, leave=False, disable=hide):
+    for micro in tqdm(plan(model, rows, args.micro_tokens), title, leave=False, disable=hide):
         examples = [e for i in micro for e in rows[i].examples]
         with autocast(args):
             logp, _ = response_logps(model, examples, temperature_of(args))  # (B, T)
@@ -730,7 +716,7 @@ def refill(writer, stretch, step: int, steps: int, args) -> tuple:
 
 def accumulate_gradient(model, batch: list[Row], args: argparse.Namespace) -> dict[str, float]:
     """Forward and backward of one update, micro-batch by micro-batch; returns its metrics."""
-    micros = plan(batch, args.micro_tokens)
+    micros = plan(model, batch, args.micro_tokens)
     labelled = [row for row in batch if row.desirable is not None]
     count = len(labelled)  # every mean is over the whole update, so that the cut changes nothing
     good = sum(row.desirable for row in labelled)
@@ -939,7 +925,7 @@ def load_tokenizer(args: argparse.Namespace):
     return tokenizer
 
 
-def load_policy(tokenizer, example: Example, args: argparse.Namespace):
+def load_policy(tokenizer, example: Example, longest: Example, args: argparse.Namespace):
     """The policy in float32, dropout off. Raises BadInput where its weights are not fit."""
     try:  # the dtype is named since transformers would keep a bf16, which small updates do not move
         model, info = AutoModelForCausalLM.from_pretrained(
@@ -956,6 +942,7 @@ def load_policy(tokenizer, example: Example, args: argparse.Namespace):
                        "embeddings; use the model's own tokenizer")
     model.to(args.device).eval()  # for the whole run: there is no dropout in scoring or in training
     check_model(model, example)
+    check_sharing(model, longest)
     if args.activation_checkpointing:
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
         for module in model.modules():  # works in training mode only; what is inside stays in eval
@@ -1004,7 +991,12 @@ def main(args: argparse.Namespace) -> dict:
         steps = -(-args.epochs * len(prompts) // groups_needed(1, args))
     steps = args.steps or steps
     first = rows[0].examples[0] if rows else Example(prompts[0].ids * 2, len(prompts[0].ids))
-    model = load_policy(tokenizer, first, args)
+    examples = [example for row in rows + eval_rows for example in row.examples]
+    longest = max(examples, key=lambda e: len(e.ids), default=None)
+    if n:  # as long as a sample may become
+        ids = first.ids[: first.prompt_len]
+        longest = Example((ids * args.max_length)[: args.max_length], len(ids))
+    model = load_policy(tokenizer, first, longest, args)
     used = {id(row) for batch in epoch_batches(rows, 0, args) for row in batch} if rows else ()
     ragged = sum(id(row) not in used for row in rows)
     if n:

@@ -26,6 +26,7 @@ import shutil
 import statistics
 import sys
 import traceback
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import NamedTuple
 
@@ -67,6 +68,10 @@ VARIANTS = {  # what is added to the baseline
 }
 
 
+def folder_of(world: str, seed: int) -> Path:
+    return ROOT / "runs/reproduce/worlds" / f"{world}-{seed}"
+
+
 class Run(NamedTuple):
     world: str
     method: str
@@ -81,7 +86,7 @@ class Run(NamedTuple):
         return json.dumps(self)
 
     def folder(self) -> Path:
-        return ROOT / "runs/reproduce/worlds" / f"{self.world}-{self.seed}"
+        return folder_of(self.world, self.seed)
 
     def argv(self, output_dir: Path) -> list[str]:
         kind, flags = METHODS[self.method]
@@ -110,7 +115,7 @@ def work(task) -> dict | None:
 
 
 def build_world(world: str, seed: int) -> None:
-    folder = Run(world, "", "", "", seed, ()).folder()
+    folder = folder_of(world, seed)
     toy_world.build(folder, world, seed, **PROMPTS[world])
     if not (folder / "initial.json").exists():
         if world == "letters":
@@ -191,16 +196,20 @@ def do(runs: list[Run], jobs: int) -> dict[str, dict]:
     results = finished(store)
     todo = [run for run in dict.fromkeys(runs) if run.key not in results]
     worlds = sorted({(run.world, run.seed) for run in todo})
-    worlds = [task for task in worlds if not (Run(task[0], "", "", "", task[1], ()).folder() / "initial.json").exists()]
+    worlds = [task for task in worlds if not (folder_of(*task) / "initial.json").exists()]
     if todo:
-        with multiprocessing.get_context("spawn").Pool(jobs) as pool:
+        pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"))
+        try:
             for tasks, title in ((worlds, "toy worlds"), (todo, "runs")):
-                for result in tqdm(pool.imap_unordered(work, tasks), title, len(tasks), smoothing=0):
-                    if result is None:
-                        continue
-                    with open(store, "a") as file:
-                        file.write(json.dumps(result) + "\n")
-                    results[json.dumps(result["run"])] = result
+                futures = [pool.submit(work, task) for task in tasks]
+                for future in tqdm(as_completed(futures), title, len(tasks), smoothing=0):
+                    result = future.result()
+                    if result:
+                        with open(store, "a") as file:
+                            file.write(json.dumps(result) + "\n")
+                        results[json.dumps(result["run"])] = result
+        finally:  # after an error the others are not waited for
+            pool.shutdown(cancel_futures=True)
     return results
 
 

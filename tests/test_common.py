@@ -10,7 +10,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import common
-from common import BadInput, Example, check_model, encode, encode_prompt, response_logps
+from common import BadInput, Example, check_model, check_sharing, encode, encode_prompt, layout
+from common import micro_batches, response_logps
 
 # --------------------------------------------------------------------------------------------------
 # Tokenization
@@ -373,6 +374,74 @@ def test_chunks_do_not_change_the_result(monkeypatch):
         results.append([logp.detach(), *gradients(model, logp[mask]).values()])
     torch.testing.assert_close(results[0], results[1], atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(results[0], results[2], atol=1e-6, rtol=1e-5)
+
+
+def make_groups(*groups):
+    """Examples of groups with one prompt each: (prompt length, response lengths)."""
+    examples = []
+    for seed, (prompt, responses) in enumerate(groups):
+        generator = torch.Generator().manual_seed(seed)
+        start, *rest = [torch.randint(1, V, (n,), generator=generator).tolist() for n in (prompt, *responses)]
+        examples += [Example(start + response, prompt) for response in rest]
+    return examples
+
+
+GROUPS = make_groups((5, (7, 3, 1, 12)), (9, (4,)), (1, (3, 3, 2)))
+WINDOWED = ("mistral", "gemma2", "gemma3_text", "phi3", "cohere2", "qwen2", "qwen3")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_that_share_a_prompt_equal_separate_rows(family, small_chunks):
+    """Values and gradients; a family that forgets its window of 4 under a mask is left alone."""
+    model = make_model(family)
+    check_sharing(model, GROUPS[3])
+    assert (model.row_tokens == 0) == (family in WINDOWED)
+    if family not in WINDOWED:
+        assert model.row_tokens == 2 * H and len(layout(model, GROUPS)[0]) == 3
+        shuffled = [GROUPS[i] for i in (4, 0, 7, 3, 1, 5, 2, 6)]
+        assert_matches_own_logits(model, shuffled, temperature=0.7)
+
+
+def test_a_window_that_is_longer_than_all_examples_hinders_nothing():
+    model = make_model("mistral", sliding_window=64)
+    check_sharing(model, GROUPS[3])
+    assert model.row_tokens == 2 * H
+    assert_matches_own_logits(model, GROUPS)
+
+
+def test_a_model_that_refuses_a_mask_keeps_separate_rows(monkeypatch):
+    model, forward = make_model(), None
+    forward = model.base_model.forward
+
+    def without_mask(input_ids, use_cache=False, **no_mask):
+        assert "attention_mask" not in no_mask or no_mask["attention_mask"] is None
+        return forward(input_ids, use_cache=use_cache)
+
+    monkeypatch.setattr(model.base_model, "forward", without_mask)
+    check_sharing(model, GROUPS[3])
+    assert model.row_tokens == 0
+    assert_matches_own_logits(model, GROUPS)
+
+
+def test_layout_cuts_a_group_evenly():
+    model, group = make_model(), make_groups((10, [10] * 8))
+    assert layout(model, group) == ([[i] for i in range(8)], [20] * 8)  # unchecked: separate
+    for room, lengths in ((90, [90]), (89, [50, 50]), (50, [50, 50]), (49, [40, 40, 30]), (19, [20] * 8)):
+        model.row_tokens = room
+        rows, found = layout(model, group)
+        assert sorted(found, reverse=True) == lengths, room
+        assert [i for row in rows for i in row] == list(range(8))
+
+
+def test_micro_batches_keep_to_tokens_and_padding(monkeypatch):
+    model, units = make_model(), [[e] for e in make_examples((2, 8), (2, 48), (2, 18), (2, 28), (2, 88))]
+    assert micro_batches(model, units, 120) == [[4], [1, 3], [2, 0]]
+    assert micro_batches(model, units, 10) == [[4], [1], [3], [2], [0]]
+    monkeypatch.setitem(common.MAX_PADDING, "cpu", 60)
+    assert micro_batches(model, units, 10**6) == [[4, 1], [3, 2, 0]]
+    model.row_tokens = 2 * H
+    shared = [make_groups((30, (2, 2))), make_groups((20, (2, 2, 2)))]  # rows of 34 and 26 tokens
+    assert micro_batches(model, shared, 68) == [[0, 1]] and micro_batches(model, shared, 67) == [[0], [1]]
 
 
 def test_shapes_and_mask():

@@ -41,7 +41,7 @@ def test_addition_can_be_built_taught_and_graded(addition):
 def test_letters_reward_is_graded():
     """Different strings, different utilities; too short, too long and strange ones are worst."""
     prompts = ["abcd"] * 5
-    texts = ["abcdefghijkl", "l" * 12, "a" * 11, "a" * 41, "abcdefghij1l"]
+    texts = ["abcdefghijkl", "l" * 12, "a" * 7, "a" * 17, "abcdefghij1l"]
     rewards = toy_world.letters_reward(prompts, texts)
     assert rewards[0] != rewards[1] and rewards[2:] == [-2.0] * 3
     assert rewards == toy_world.letters_reward(prompts, texts)

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -34,10 +35,16 @@ def update(model, optimizer, loss, step, lr, warmup, sync=lambda: None):
     optimizer.zero_grad()
 
 
+def load_as_scripts_do(policy):
+    model = load(policy)
+    model.row_tokens = 2 * model.config.hidden_size  # examples of one prompt share a row
+    return model
+
+
 def run_with_second_model(script, policy, batches, k, copy_after=False):
     """The definition: a reference model whose weights are copied every k updates, before the step.
     Returns each update's log-ratios of the trained responses, and KTO's ẑ0."""
-    model, log_ratios, points = load(policy), [], []
+    model, log_ratios, points = load_as_scripts_do(policy), [], []
     reference, optimizer = copy.deepcopy(model), adamw(model, 1e-2)
 
     def perceived(examples):
@@ -86,7 +93,8 @@ def batches_of(script, flags, policy, seen):
     args = script.parse_args(flags(script))
     rows, _ = script.load_data(AutoTokenizer.from_pretrained(policy), args)
     batches = [batch for epoch in range(2) for batch in script.epoch_batches(rows, epoch, args)][: len(seen)]
-    return [[batch[i] for i in script.plan(batch, 10**6)[0]] for batch in batches], batches
+    model = load_as_scripts_do(policy)
+    return [[batch[i] for i in script.plan(model, batch, 10**6)[0]] for batch in batches], batches
 
 
 CLIPPED = ("--lr", 1e-2, "--log_eps_P=-0.2", "--log_eps_R=0.3", *ONE_MICRO)
@@ -122,8 +130,9 @@ def test_copied_after_the_update_nothing_is_ever_clipped(policy, run, spy, flags
     assert all(z.abs().max() == 0 for z in late)
 
 
-def test_without_sync_and_clip_it_is_textbook_dpo(run, spy, policy):
+def test_without_sync_and_clip_it_is_textbook_dpo(run, spy, policy, monkeypatch):
     """20 updates against a DPO written with the model's own logits, row by row."""
+    monkeypatch.setitem(common.MAX_PADDING, "cpu", 10**6)  # one micro-batch an update
     seen = spy(dpo)
     run(dpo, "--plain", "--steps", 20, *ONE_MICRO)
     model, reference = load(policy), load(policy)
@@ -170,7 +179,7 @@ def test_the_cut_into_micro_batches_changes_nothing(script, run, flags, tmp_path
     runs = []
     for cut in ([8], [4, 4], [3, 3, 2]):
 
-        def plan(rows, micro_tokens, cut=cut):
+        def plan(model, rows, micro_tokens, cut=cut):
             ends = [sum(cut[: i + 1]) for i in range(len(cut))]
             trained = [i for i, row in enumerate(rows) if getattr(row, "desirable", 0) is not None]
             others = [i for i in range(len(rows)) if i not in trained]  # KTO's mismatched pairs
@@ -188,6 +197,9 @@ def test_the_cut_into_micro_batches_changes_nothing(script, run, flags, tmp_path
         assert max(m["kl"] for m in runs[0]) > 0.01
 
 
+ON_CPU = SimpleNamespace(device=torch.device("cpu"))  # all that a plan asks of a model without sharing
+
+
 def rows_of(script, lengths):
     """Rows whose longest example has the given length."""
     if script is kto:
@@ -199,13 +211,13 @@ def rows_of(script, lengths):
 
 def test_the_plan_keeps_to_micro_tokens_and_loses_no_row(script):
     rows = rows_of(script, [10, 50, 20, 30, 20, 90])
-    micros = script.plan(rows, 120)
+    micros = script.plan(ON_CPU, rows, 120)
     assert sorted(i for micro in micros for i in micro) == list(range(6))
     for micro in micros:
         examples = [e for i in micro for e in rows[i].examples]
         assert max(len(e.ids) for e in examples) * len(examples) <= 120 or len(micro) == 1  # a longer row runs alone
-    assert micros == script.plan(rows, 120) and micros[0] == [5]  # deterministic, longest first
-    padded = script.plan(rows_of(script, [1000] * 3 + [10] * 3), 10**6)  # no short row beside a long one
+    assert micros == script.plan(ON_CPU, rows, 120) and micros[0] == [5]  # deterministic, longest first
+    padded = script.plan(ON_CPU, rows_of(script, [1000] * 3 + [10] * 3), 10**6)  # no short row beside a long one
     assert padded == [[0, 1, 2], [3, 4, 5]]
 
 
@@ -359,9 +371,9 @@ def test_groups_stay_together_as_far_as_micro_tokens_allow():
         return grpo.Row([common.Example([1] * length, 1)], group, 0.0)
 
     rows = [row(0, 10), row(0, 30), row(1, 20), row(1, 28), row(2, 9), row(2, 9)]
-    assert grpo.plan(rows, 10**6) == [[1, 0, 3, 2, 4, 5]]
-    assert grpo.plan(rows, 60) == [[1, 0], [3, 2], [4, 5]]
-    assert grpo.plan(rows, 30) == [[1], [0], [3], [2], [4, 5]]
+    assert grpo.plan(ON_CPU, rows, 10**6) == [[0, 1, 2, 3, 4, 5]]
+    assert grpo.plan(ON_CPU, rows, 60) == [[0, 1], [2, 3], [4, 5]]
+    assert grpo.plan(ON_CPU, rows, 30) == [[1], [3], [2], [0, 4, 5]]
 
 
 def test_groups_of_any_size_and_form(run, policy, tmp_path, capsys):

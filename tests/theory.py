@@ -92,7 +92,7 @@ def guarantee(w: Tensor, q: Tensor, v: Tensor) -> Tensor:
 
 BETAS = {  # γ_P, γ_R, β_P, β_R at c = 1: bounds among log-ratios of ±1 nat, and how it is drawn
     (1.0, 1.0, 3.0, 3.0): (2, "Beta(c, 3c) on both sides", "#0072B2", "o", "-"),
-    (0.5, 0.01, 1.0, 1.0): (1, "Beta(c/2, c) and Beta(c/100, c); the paper: c = 1", "#D55E00", "^", "--"),
+    (0.5, 0.01, 1.0, 1.0): (1, "Beta(c/2, c), Beta(c/100, c) (paper: c = 1)", "#D55E00", "^", "--"),
 }
 CONCENTRATIONS = [4**i for i in range(9)]
 DENSITY = 0.5  # of random_logratios: share of the tokens in a nat
@@ -248,13 +248,13 @@ def sources(folder: Path, seed: int) -> tuple[Tensor, dict[str, Tensor], dict[st
     models = {name: AutoModelForCausalLM.from_pretrained(path).eval() for name, path in paths.items()}
     models["half"].load_state_dict(torch.load(folder / "run" / "step-000100.pt", weights_only=True)["model"])
     tokenizer = AutoTokenizer.from_pretrained(world / "policy")
-    prompts = [json.loads(line)["prompt"] for line in open(world / "prompts_test.jsonl") for _ in range(16)]
+    prompts = [json.loads(line)["prompt"] for line in open(world / "prompts_test.jsonl") for _ in range(8)]
     wrote = {
         "axis": write(models["policy"], tokenizer, prompts, seed),
         "online": write(models["policy"], tokenizer, prompts, seed + 1),  # anew: "axis" agrees with itself
         "offline-worse": write(models["initial"], tokenizer, prompts, seed + 2),
         "offline-slightly-worse": write(models["half"], tokenizer, prompts, seed + 3),
-        "offline-better": best_of(8, *write(models["policy"], tokenizer, prompts, seed + 4)),
+        "offline-better": best_of(8, *write(models["policy"], tokenizer, 4 * prompts, seed + 4)),
     }
     z = {name: outcomes(models["policy"], models["initial"], wrote[name][0]) for name in wrote}
     return z.pop("axis"), z, {name: statistics.fmean(wrote[name][1]) for name in z}
@@ -284,7 +284,7 @@ def main(seed: int) -> None:
     figures.mkdir(exist_ok=True)
     results.mkdir(exist_ok=True)
     report = {"seed": seed, "torch": torch.__version__}
-    report["theorem_4_3"] = draw_theorem(4096, seed, figures / "theorem_4_3.png")
+    report["theorem_4_3"] = draw_theorem(16384, seed, figures / "theorem_4_3.png")
     with tempfile.TemporaryDirectory() as folder:  # nothing is left over from another version of the world
         online, found, report["mean_utility"] = sources(Path(folder), seed)
     report["perceived"] = draw_perceived(online, found, figures / "perceived.png")

@@ -1,0 +1,327 @@
+"""The theory: prospect theory's functions, proposition 3.4, theorem 4.3, and the data of the two figures."""
+
+import json
+import math
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import theory
+import toy_world
+from common import Example, response_logps
+
+GRID = torch.linspace(0, 1, 1001, dtype=torch.float64)
+BOTH, PAPER = theory.BETAS
+
+
+def numbers(*values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def dirichlet(n, rows, seed=0):
+    """Random distributions (rows, n), from spiked to nearly uniform."""
+    torch.manual_seed(seed)
+    concentration = 10 ** torch.empty(rows, 1, dtype=torch.float64).uniform_(-1, 3)
+    draws = torch._standard_gamma(concentration.expand(rows, n).contiguous()).clamp_min(1e-300)
+    return draws / draws.sum(-1, keepdim=True)
+
+
+# --- the capacity function and decision weights -----------------------------------------------------
+
+
+def test_capacity_by_hand():
+    """√0.2 / (√0.2 + √0.8)² = √0.2 / 1.8, and the figures of Tversky and Kahneman's median subject."""
+    exact = numbers(0, math.sqrt(0.2) / 1.8, 2**-1.5, 1)
+    torch.testing.assert_close(theory.capacity(numbers(0, 0.2, 0.5, 1), 0.5), exact)
+    published = numbers(0.055, 0.186, 0.421, 0.712, 0.912)
+    torch.testing.assert_close(
+        theory.capacity(numbers(0.01, 0.1, 0.5, 0.9, 0.99), 0.61), published, rtol=0, atol=5e-4
+    )
+
+
+def test_capacity_is_an_inverse_s_with_one_crossing():
+    over = theory.capacity(GRID, 0.61)[1:-1] > GRID[1:-1]
+    crossings = (over[1:] != over[:-1]).nonzero()
+    assert len(crossings) == 1 and over[0] and not over[-1]
+    assert GRID[1:-1][crossings.item()].item() == pytest.approx(0.34, abs=0.005)
+    bend = theory.capacity(GRID, 0.61).diff().diff()
+    assert bend[0] < 0 < bend[-1] and (bend.sign().diff() != 0).sum() == 1  # concave, then convex
+
+
+def test_capacity_is_monotone_from_028_on():
+    assert all((theory.capacity(GRID, gamma).diff() > 0).all() for gamma in (0.28, 0.3, 0.61, 1.0))
+    assert (theory.capacity(GRID, 0.25).diff() < 0).any()
+
+
+def test_gamma_1_is_the_identity():
+    torch.testing.assert_close(theory.capacity(GRID, 1.0), GRID)
+    p = dirichlet(7, 1000)
+    torch.testing.assert_close(theory.decision_weights(p, 1.0), p, rtol=1e-9, atol=1e-12)
+
+
+def test_decision_weights_by_hand():
+    """Outcomes from worst to best: the best gets Ω⁺ of its probability, the worst what is left of 1."""
+    best, better = math.sqrt(0.2) / 1.8, 2**-1.5
+    p = numbers(0.8, 0.2), numbers(0.5, 0.3, 0.2)
+    torch.testing.assert_close(theory.decision_weights(p[0], 0.5), numbers(1 - best, best))
+    exact = numbers(1 - better, better - best, best)
+    torch.testing.assert_close(theory.decision_weights(p[1], 0.5), exact)
+
+
+@pytest.mark.parametrize("gamma", [0.28, 0.61, 0.9])
+def test_decision_weights_are_a_distribution(gamma):
+    """Also where the probabilities' sum is a rounding error above 1, and by rows."""
+    p = dirichlet(50, 4000)
+    assert (p.cumsum(-1)[:, -1] > 1).any()
+    weights = theory.decision_weights(p, gamma)
+    assert (weights > -1e-12).all()  # but for rounding, where an outcome hardly ever happens
+    torch.testing.assert_close(weights.sum(-1), torch.ones(4000, dtype=torch.float64))
+    torch.testing.assert_close(weights[7], theory.decision_weights(p[7], gamma))
+
+
+def test_rare_extremes_count_too_much_and_the_middle_too_little():
+    weights = theory.decision_weights(numbers(0.01, 0.98, 0.01), 0.61)
+    assert weights[0] > 0.05 and weights[2] > 0.05 and weights[1] < 0.9
+    torch.testing.assert_close(weights, numbers(0.088, 0.857, 0.055), rtol=0, atol=1e-3)
+
+
+# --- value, utility, proposition 3.4 ----------------------------------------------------------------
+
+
+def test_value_and_utility_by_hand():
+    v = theory.value(numbers(-3, 1, 5), z0=1, alpha=0.5, lam=2)
+    assert v.tolist() == [-4, 0, 2]
+    assert theory.utility(numbers(0.25, 0.25, 0.5), v).item() == 0
+    assert theory.value(numbers(-1, 1)).tolist() == [-2.25, 1]  # Tversky and Kahneman's λ
+    assert theory.value(numbers(2)).item() == pytest.approx(2**0.88)
+    assert theory.utility(dirichlet(5, 3), numbers(1, 1, 1, 1, 1)).tolist() == pytest.approx([1, 1, 1])
+
+
+def test_kl_by_hand():
+    half, quarter = numbers(0.5, 0.5), numbers(0.25, 0.75)
+    assert theory.kl(half, quarter).item() == pytest.approx(0.5 * math.log(4 / 3))
+    assert theory.kl(quarter, half).item() == pytest.approx(0.25 * math.log(0.5) + 0.75 * math.log(1.5))
+    assert theory.kl(numbers(1, 0), half).item() == pytest.approx(math.log(2))
+    assert theory.kl(half, numbers(1, 0)).item() == math.inf
+    assert theory.kl(numbers(1, 0), numbers(1, 0)).item() == 0
+
+
+@pytest.mark.parametrize("n", [2, 3, 20])
+def test_proposition_34_holds_on_random_distributions(n):
+    """For the least δ that it grants, and as it is stated, for any δ. v: signs, the worst case, or values."""
+    w, q = dirichlet(n, 5000, seed=1), dirichlet(n, 5000, seed=2)
+    w[2500:] = 0.9 * q[2500:] + 0.1 * w[2500:]  # neighbours too
+    for v in ((w - q).sign(), theory.value(torch.randn(5000, n, dtype=torch.float64))):
+        gap = (theory.utility(w, v) - theory.utility(q, v)).abs()
+        assert (gap <= theory.guarantee(w, q, v) + 1e-12).all()
+        delta = 3 * torch.rand(5000, dtype=torch.float64)
+        granted = theory.kl(w, q).sqrt() <= delta / (math.sqrt(2) * v.abs().amax(-1))
+        assert 500 < granted.sum() < 4900 and (gap[granted] <= delta[granted]).all()
+
+
+def test_proposition_34_is_not_vacuous():
+    """Two even outcomes valued ±3: the bound becomes tight as ω nears Q, and no smaller one would hold."""
+    q, v = numbers(0.5, 0.5), numbers(-3, 3)
+    ratios = []
+    for e in (0.3, 0.1, 0.01, 0.001):
+        w = numbers(0.5 - e, 0.5 + e)
+        gap = theory.utility(w, v) - theory.utility(q, v)
+        assert gap.item() == pytest.approx(6 * e)
+        ratios.append((gap / theory.guarantee(w, q, v)).item())
+    assert ratios == sorted(ratios) and ratios[0] > 0.9 and 1 - 1e-5 < ratios[-1] <= 1
+
+
+def test_proposition_34_bounds_what_a_human_sees_of_online_samples():
+    """Q = p, ω its decision weights: the nearer γ is to 1, the less utility can differ."""
+    p, z = 0.9 * dirichlet(20, 2000, seed=3) + 0.1 / 20, torch.randn(20, dtype=torch.float64).sort().values
+    v, last = theory.value(z), math.inf
+    for gamma in (0.5, 0.61, 0.8, 1.0):
+        w = theory.decision_weights(p, gamma)
+        gap = (theory.utility(w, v) - theory.utility(p, v)).abs()
+        bound = theory.guarantee(w, p, v)
+        assert (gap <= bound + 1e-9).all() and bound.mean() < last
+        last = bound.mean()
+    assert last < 1e-6
+
+
+# --- theorem 4.3 --------------------------------------------------------------------------------------
+
+
+def test_the_limit_s_bounds_by_hand():
+    """Ratios 3, 1, 1/4: M_P = 3, M_R = 4. Means 1/5 and 1/8: ε_P = 3/5, ε_R = 1 / (4/8) = 2."""
+    z = numbers(3, 1, 0.25).log()
+    assert theory.limit_bounds(z, 1, 1, 4, 7) == pytest.approx((math.log(0.6), math.log(2)))
+
+
+@pytest.mark.parametrize("clip", [True, False], ids=["clipping", "sampling"])
+def test_which_tokens_keep_their_gradient_by_hand(clip):
+    """First row: the bounds of the test above. Second: M_P = 5 and M_R = 1.25, so ε_P = 1 and ε_R = 6.4."""
+    logratio = numbers(3, 1, 0.7, 0.5, 0.25, 9, 5, 0.8, 1.1, 9, 9, 9).view(2, 6).log()
+    mask = torch.tensor([[1, 1, 1, 1, 1, 0], [1, 1, 1, 0, 0, 0]]).bool()
+    betas = 1, 1, 4, 7
+    torch.manual_seed(0)
+    if clip:
+        kept = theory.kept_by_clipping(logratio, mask, betas)
+    else:
+        kept = theory.kept_by_sampling(logratio, mask, betas, 1e8)
+    assert kept.int().tolist() == [[0, 1, 1, 0, 0, 0], [1, 0, 1, 0, 0, 0]]
+
+
+def test_both_bounds_bite_on_the_random_logratios():
+    z, mask = theory.random_logratios(500, seed=0)
+    assert z.abs().max() <= 1 and {*mask.sum(-1).tolist()} == set(range(16, 65))
+    for betas, sides in ((BOTH, 2), (PAPER, 1)):
+        bounds = [theory.limit_bounds(row[m], *betas) for row, m in zip(z, mask)]
+        low = sum((row[m] < P).sum().item() for row, m, (P, _) in zip(z, mask, bounds)) / mask.sum().item()
+        high = sum((row[m] > R).sum().item() for row, m, (_, R) in zip(z, mask, bounds)) / mask.sum().item()
+        assert all(P < 0 < R for P, R in bounds)
+        assert low > 0.2 and (high > 0.2) == (sides == 2) and theory.BETAS[betas][0] == sides
+        near = ((z - bounds[0][0]).abs() < 0.1)[mask].double().mean().item() / 0.2
+        assert near == pytest.approx(theory.DENSITY, rel=0.05)
+
+
+@pytest.mark.parametrize("betas", [BOTH, PAPER])
+def test_sampling_converges_to_clipping_like_the_root_of_c(betas):
+    shares = theory.disagreements(betas, 2048, seed=0)
+    assert shares[0] > 0.3 and shares == sorted(shares, reverse=True)
+    assert theory.slope(shares) == pytest.approx(-0.5, abs=0.03)
+    sides = theory.BETAS[betas][0]
+    for c, share in list(zip(theory.CONCENTRATIONS, shares))[3:]:
+        assert share == pytest.approx(sides * theory.predicted_disagreement(betas[0], betas[2], c), rel=0.2)
+
+
+@pytest.mark.parametrize("betas", [BOTH, PAPER])
+def test_in_the_limit_the_sets_are_the_same(betas):
+    z, mask = theory.random_logratios(500, seed=0)
+    torch.manual_seed(0)
+    clipped, sampled = theory.kept_by_clipping(z, mask, betas), theory.kept_by_sampling(z, mask, betas, 1e14)
+    assert torch.equal(clipped, sampled) and 0.2 < clipped[mask].double().mean() < 0.8
+    assert not clipped[~mask].any()
+
+
+def test_predicted_disagreement_and_slope_by_hand():
+    """s = √(3 / (1 · 4)), half a token a nat; shares below c = 64 are not fitted."""
+    by_hand = 0.5 * math.sqrt(2 / math.pi) * math.sqrt(0.75)
+    assert theory.predicted_disagreement(1, 3, 1) == pytest.approx(by_hand)
+    assert theory.predicted_disagreement(1, 3, 100) == pytest.approx(by_hand / 10)
+    shares = [c**-0.7 for c in theory.CONCENTRATIONS]
+    assert theory.slope([1, 1, 1, *shares[3:]]) == pytest.approx(-0.7)
+
+
+# --- the data of the figure of perceived distributions ----------------------------------------------
+
+
+def test_tail_probability_by_hand():
+    """A z of a level counts where it is met exactly; the ends are 0 and 1 whatever the source."""
+    online, source = numbers(4, 2, 0, 1, 3), numbers(2, 9, 3, 2)
+    levels = numbers(0, 0.25, 0.5, 0.75, 1)  # at or above ∞, 3, 2, 1, −∞
+    assert theory.tail_probability(source, online, levels).tolist() == [0, 0.5, 1, 1, 1]
+
+
+def test_online_is_the_diagonal_and_the_others_bend():
+    torch.manual_seed(0)
+    z = torch.randn(5000, dtype=torch.float64)
+    for shift, low, high in ((0, -1e-3, 1e-3), (0.5, 0.1, 0.3), (-0.5, -0.3, -0.1)):
+        bend = theory.tail_probability(z + shift, z, theory.LEVELS) - theory.LEVELS
+        assert low <= bend[20:80].min() and bend[20:80].max() <= high
+
+
+def perceived_by_a_human(z, gamma):
+    """Tokens with each outcome as often as a human feels it to be, of equally likely ones."""
+    weights = theory.decision_weights(torch.full((len(z),), 1 / len(z), dtype=torch.float64), gamma)
+    return z.sort().values.repeat_interleave((weights * 1e6).round().long())
+
+
+def test_distances_are_to_what_a_human_sees():
+    torch.manual_seed(0)
+    online = torch.randn(4000, dtype=torch.float64)
+    assert all(x < 2e-3 for x in theory.distances(perceived_by_a_human(online, 0.61), online, 0.61).values())
+    assert all(x < 2e-3 for x in theory.distances(online, online, 1.0).values())
+    far = theory.distances(online, online, 0.61)
+    levels = [i / 100 for i in range(101)]
+    human = [a**0.61 / (a**0.61 + (1 - a) ** 0.61) ** (1 / 0.61) for a in levels]
+    exact = sum(abs(h - a) for h, a in zip(human, levels)) / 101
+    assert far["mean_abs_difference"] == pytest.approx(exact, abs=1e-3)
+    weights = [b - a for a, b in zip(human[::5], human[5::5])]
+    assert far["kl_nats"] == pytest.approx(sum(w * math.log(w / 0.05) for w in weights), abs=2e-3)
+    assert theory.distances(online[online > 0], online, 0.61)["kl_nats"] == math.inf  # half is never seen
+
+
+def test_the_worst_outcomes_weigh_on_the_right_side():
+    """Ω⁺(0.05) = 0.13 and 1 − Ω⁺(0.95) = 0.21: it costs more to miss the worst outcomes than the best."""
+    torch.manual_seed(0)
+    z = torch.randn(20000, dtype=torch.float64)
+    rare = torch.rand(20000) < 0.1  # the tenth that is kept of an extreme
+    worst, best = z[(z > z.quantile(0.05)) | rare], z[(z < z.quantile(0.95)) | rare]
+    gap = theory.distances(worst, z, 0.61)["kl_nats"] - theory.distances(best, z, 0.61)["kl_nats"]
+    weights = theory.decision_weights(torch.full((20,), 0.05, dtype=torch.float64), 0.61)
+    assert gap == pytest.approx(((weights[0] - weights[-1]) * math.log(10)).item(), abs=0.05) and gap > 0.1
+
+
+def test_best_of_by_hand():
+    assert theory.best_of(3, list("abcdef"), [1, 3, 2, -2, -1, 0]) == (["b", "f"], [3, 0])
+
+
+def test_outcomes_are_the_log_ratios_of_all_response_tokens(policy):
+    model, reference = (AutoModelForCausalLM.from_pretrained(policy).eval() for _ in range(2))
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(1.1)
+    examples = [Example([5 + i % 7 for i in range(4 + n % 5)], 3) for n in range(300)]
+    z = theory.outcomes(model, reference, examples)
+    assert z.dtype == torch.float64 and len(z) == sum(len(e.ids) - 3 for e in examples)
+    assert (theory.outcomes(reference, reference, examples) == 0).all()
+    with torch.no_grad():
+        one = response_logps(model, examples[4:5])[0] - response_logps(reference, examples[4:5])[0]
+    torch.testing.assert_close(z[10:15], one[0].double(), rtol=0, atol=1e-5)  # after 1 + 2 + 3 + 4 tokens
+    assert one.abs().min() > 1e-4
+
+
+def test_write_samples_and_scores(policy):
+    model = AutoModelForCausalLM.from_pretrained(policy).eval()
+    tokenizer = AutoTokenizer.from_pretrained(policy)
+    prompts = ["abcd", "efgh"] * 8
+    examples, rewards = theory.write(model, tokenizer, prompts, seed=1)
+    assert theory.write(model, tokenizer, prompts, seed=1) == (examples, rewards)
+    assert theory.write(model, tokenizer, prompts, seed=2)[0] != examples
+    assert [e.ids[1:5] for e in examples] == [tokenizer(p)["input_ids"] for p in prompts]
+    lengths = [len(e.ids) - e.prompt_len for e in examples]
+    assert max(lengths) <= toy_world.MAX_NEW_TOKENS["letters"] and len({*lengths}) > 1
+    texts = [tokenizer.decode(e.ids[e.prompt_len :], skip_special_tokens=True) for e in examples]
+    assert rewards == toy_world.letters_reward(prompts, texts)
+
+
+def test_write_scores_the_text_without_its_end_of_turn(policy, monkeypatch):
+    tokenizer, text = AutoTokenizer.from_pretrained(policy), "abcdefghijkl"
+    answer = Example(tokenizer(f"<|user|>abcd<|end|><|assistant|>{text}<|end|>")["input_ids"], 7)
+    monkeypatch.setattr(theory, "generate", lambda model, tokenizer, prompts, args: [answer] * len(prompts))
+    exact = toy_world.letters_reward(["abcd"], [text])
+    assert theory.write(None, tokenizer, ["abcd"], seed=0) == ([answer], exact) and exact[0] > -2
+
+
+def test_main_draws_both_figures_and_writes_the_numbers(monkeypatch, tmp_path, capsys):
+    """With random outcomes in the place of trained policies'; the source made for a human is the nearest."""
+    torch.manual_seed(0)
+    online = torch.randn(2000, dtype=torch.float64)
+    found = {name: torch.randn(2000, dtype=torch.float64) + 2 for name in theory.STYLES}
+    found["offline-better"] = perceived_by_a_human(online, theory.GAMMA)
+    disagreements = theory.disagreements
+    monkeypatch.setattr(theory, "TESTS", tmp_path)
+    monkeypatch.setattr(theory, "sources", lambda folder, seed: (online, found, {"online": 0.123456}))
+    monkeypatch.setattr(theory, "disagreements", lambda betas, n, seed: disagreements(betas, 256, seed))
+    theory.main(seed=3)
+    text = (tmp_path / "results" / "theory.json").read_text()
+    report = json.loads(text)
+    assert capsys.readouterr().out == text and report["seed"] == 3 and report["torch"] == torch.__version__
+    assert report["mean_utility"] == {"online": 0.1235}
+    assert '"concentration": [ 1, 4, 16,' in text  # a list takes one line
+    slopes = [part["slope"] for part in report["theorem_4_3"].values() if isinstance(part, dict)]
+    assert slopes == pytest.approx([-0.5, -0.5], abs=0.1)
+    nearest = report["perceived"][f"nearest at gamma {theory.GAMMA}"]
+    assert nearest == dict.fromkeys(["mean_abs_difference", "kl_nats"], "offline-better")
+    better, human = report["perceived"]["offline-better"]["probability"], report["perceived"]["human"]
+    assert better == pytest.approx(human, abs=2e-3)
+    for name in ("theorem_4_3", "perceived"):
+        image = theory.plt.imread(tmp_path / "figures" / f"{name}.png")
+        assert image.shape[1] > 800 and image.std() > 0.05
