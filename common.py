@@ -10,7 +10,6 @@ import itertools
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -137,8 +136,8 @@ def encode(
 
 class _TokenLogps(torch.autograd.Function):
     """log softmax(head(hidden))[target] in chunks; backward makes a chunk's logits again and, with the
-    kept log-sum-exp, their softmax. Matrix products run in the compute dtype (bf16 under autocast),
-    the log-softmax and its gradient in float32."""
+    kept log-sum-exp, their softmax, in one buffer. Matrix products run in the compute dtype (bf16
+    under autocast), the log-softmax and its gradient in float32."""
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, target, scale, cap, temperature):
@@ -148,47 +147,53 @@ class _TokenLogps(torch.autograd.Function):
         ctx.constants = scale, cap, temperature
         ctx.rows = max(1, CHUNK_BYTES.get(kind, 2**26) // (4 * weight.shape[0]))
         w, b = weight.to(ctx.dtype), None if bias is None else bias.to(ctx.dtype)
+        buffer = w.new_empty(min(ctx.rows, len(target)), len(w))  # fresh memory is slow on a CPU
         logp, lse = [], []
         for h, y in zip(hidden.split(ctx.rows), target.split(ctx.rows)):
-            logits = _logits(h.to(ctx.dtype), w, b, scale, cap, temperature)  # (rows, V)
-            lse.append(torch.logsumexp(logits, -1))
-            logp.append(logits.gather(-1, y[:, None]).squeeze(-1) - lse[-1])
+            logits = _logits(h.to(ctx.dtype), w, b, scale, cap, temperature, buffer)  # (rows, V)
+            chosen, top = logits.gather(-1, y[:, None]), logits.amax(-1, keepdim=True)  # (rows, 1)
+            lse.append(logits.sub_(top).exp_().sum(-1, keepdim=True).log_().add_(top))
+            logp.append(chosen - lse[-1])
         ctx.save_for_backward(hidden, weight, bias, target, torch.cat(lse))
-        return torch.cat(logp)  # (N,) float32
+        return torch.cat(logp).squeeze(-1)  # (N,) float32
 
     @staticmethod
     def backward(ctx, grad):
         hidden, weight, bias, target, lse = ctx.saved_tensors
         scale, cap, temperature = ctx.constants
         w, b = weight.to(ctx.dtype), None if bias is None else bias.to(ctx.dtype)
+        buffer = w.new_empty(min(ctx.rows, len(target)), len(w))
         grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
         grad_bias = None if bias is None else torch.zeros_like(bias)
         for i in range(0, len(target), ctx.rows):
             part = slice(i, i + ctx.rows)
-            h, g = hidden[part].to(ctx.dtype), grad[part, None]
-            logits = _logits(h, w, b, scale, cap, temperature)
-            slope = scale / temperature
-            if cap:
-                slope = slope * (1 - (logits * (temperature / cap)) ** 2)
-            # d logp / d logits = onehot(target) − softmax(logits)
-            d = logits.sub_(lse[part, None]).exp_().mul_(-g)
-            d.scatter_add_(-1, target[part, None], g)
-            d = d.mul_(slope).to(ctx.dtype)
-            grad_hidden[part] = d @ w
-            grad_weight += d.T @ h
+            h, g = hidden[part].to(ctx.dtype), grad[part, None] * (-scale / temperature)  # (rows, 1)
+            logits = _logits(h, w, b, scale, cap, temperature, buffer)
+            slope = 1 - (logits * (temperature / cap)) ** 2 if cap else None  # of the soft cap
+            # d logp / d logits = onehot(target) − softmax(logits); here its negative, g has the sign
+            d = logits.sub_(lse[part]).exp_()
+            d.scatter_add_(-1, target[part, None], torch.full_like(g, -1.0))
+            d = (d.mul_(slope) if cap else d).to(ctx.dtype)
+            grad_hidden[part] = (d @ w) * g
+            h = (h * g).to(ctx.dtype)
+            if d.dtype == grad_weight.dtype:
+                grad_weight.addmm_(d.T, h)
+            else:
+                grad_weight += d.T @ h
             if bias is not None:
-                grad_bias += d.sum(0)
+                grad_bias += (d.T @ g.to(ctx.dtype)).squeeze(-1)
         return grad_hidden, grad_weight, grad_bias, None, None, None, None
 
 
-def _logits(hidden, weight, bias, scale, cap, temperature):
+def _logits(hidden, weight, bias, scale, cap, temperature, buffer):
     """(N, H) -> (N, V) float32: the head, then Cohere's and Granite's scale, Gemma's soft cap."""
-    logits = F.linear(hidden, weight, bias).float()
+    logits = torch.mm(hidden, weight.T, out=buffer[: len(hidden)])
+    logits = (logits if bias is None else logits.add_(bias)).float()
     if scale != 1:
         logits *= scale
     if cap:
-        logits = cap * torch.tanh(logits / cap)
-    return logits / temperature if temperature != 1 else logits
+        logits = logits.div_(cap).tanh_().mul_(cap)
+    return logits.div_(temperature) if temperature != 1 else logits
 
 
 def layout(model, examples: list[Example]) -> tuple[list[list[int]], list[int]]:
@@ -229,6 +234,12 @@ def micro_batches(model, units: list[list[Example]], micro_tokens: int) -> list[
         micros[-1].append(i)
         room -= len(lengths[i]) * width
     return micros
+
+
+def padded_share(model, micros: list[list[Example]]) -> float:
+    """Share of padding among the tokens that the micro-batches' forwards take."""
+    lengths = [layout(model, examples)[1] for examples in micros]
+    return 1 - sum(map(sum, lengths)) / sum(len(rows) * max(rows) for rows in lengths)
 
 
 def response_logps(

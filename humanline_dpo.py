@@ -68,7 +68,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from common import BadInput, Example, check_model, check_sharing, encode, encode_prompt
-from common import end_of_turn, layout, micro_batches, response_logps
+from common import end_of_turn, micro_batches, padded_share, response_logps
 
 # ==================================================================================================
 # 1. Arguments
@@ -673,8 +673,10 @@ def accumulate_gradient(model, batch: list[Row], args: argparse.Namespace) -> di
     pairs = len(batch)  # every mean is over the whole update, so that the cut changes nothing
     tokens = sum(len(e.ids) - e.prompt_len for row in batch for e in row.examples)
     sums = collections.Counter()  # of tensors: a GPU is asked for them once an update
+    done = []  # the examples of each micro-batch
     for micro in plan(model, batch, args.micro_tokens):
         examples = [batch[i].examples[side] for side in (0, 1) for i in micro]
+        done.append(examples)
         ref_logp = [batch[i].ref_logp[side] for side in (0, 1) for i in micro]
         ref_logp = pad_sequence(ref_logp, batch_first=True).to(args.device)  # (B, T)
         with autocast(args):
@@ -699,7 +701,8 @@ def accumulate_gradient(model, batch: list[Row], args: argparse.Namespace) -> di
             "abs_logratio": torch.where(mask, logratio.detach(), 0.0).abs().sum() / tokens,
         })
     read = sum(len(e.ids) for row in batch for e in row.examples)
-    return {"tokens": read, **dict(zip(sums, torch.stack(list(sums.values())).tolist()))}
+    metrics = dict(zip(sums, torch.stack(list(sums.values())).tolist()))
+    return {"tokens": read, **metrics, "padded": padded_share(model, done)}
 
 
 def wins(margin: Tensor) -> Tensor:
@@ -805,7 +808,7 @@ def save_final(model, tokenizer, folder: Path) -> None:
 
 SHOWN = {  # what the line on the screen has of metrics.jsonl
     "loss": ".4f", "margin": "+.4f", "accuracy": ".2f", "unclipped": ".3f", "abs_logratio": ".4f",
-    "grad_norm": ".2f", "tokens_per_second": ",.0f",
+    "grad_norm": ".2f", "padded": ".3f", "tokens_per_second": ",.0f",
     "eval_loss": ".4f", "eval_accuracy": ".3f", "eval_margin": "+.4f",
     "eval_reward_greedy": "+.3f", "eval_reward_sampled": "+.3f",
 }

@@ -74,7 +74,7 @@ from transformers import AutoModelForSequenceClassification
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from common import BadInput, Example, check_model, check_sharing, encode, encode_prompt
-from common import end_of_turn, layout, micro_batches, response_logps
+from common import end_of_turn, layout, micro_batches, padded_share, response_logps
 
 # ==================================================================================================
 # 1. Arguments
@@ -876,8 +876,10 @@ def accumulate_gradient(model, batch: list[Row], args: argparse.Namespace) -> di
     lengths = [len(e.ids) - e.prompt_len for row in batch for e in row.examples]
     tokens = sum(lengths)  # every mean is over the whole update, so that the cut changes nothing
     sums = collections.Counter()  # of tensors: a GPU is asked for them once an update
+    done = []  # the examples of each micro-batch
     for micro in plan(model, batch, args.micro_tokens):
         examples = [batch[i].examples[0] for i in micro]
+        done.append(examples)
         ref_logp = [batch[i].ref_logp[0] for i in micro]
         ref_logp = pad_sequence(ref_logp, batch_first=True).to(args.device)  # (B, T)
         advantage = torch.tensor([batch[i].advantage for i in micro]).to(args.device)  # (B,)
@@ -915,6 +917,7 @@ def accumulate_gradient(model, batch: list[Row], args: argparse.Namespace) -> di
         "frac_zero_std": statistics.fmean(all(r.advantage == 0 for r in group) for group in groups),
         "response_length": tokens / len(batch),
         "cut_off": statistics.fmean(length >= limit for length in lengths),
+        "padded": padded_share(model, done),
     }
 
 
@@ -1025,7 +1028,7 @@ def save_final(model, tokenizer, folder: Path) -> None:
 SHOWN = {  # what the line on the screen has of metrics.jsonl
     "loss": "+.4f", "reward": "+.3f", "kl": ".4f", "ppo_clipped": ".3f",
     "unclipped": ".3f", "abs_logratio": ".4f",
-    "grad_norm": ".2f", "tokens_per_second": ",.0f",
+    "grad_norm": ".2f", "padded": ".3f", "tokens_per_second": ",.0f",
     "eval_agreement": ".3f",
     "eval_reward_greedy": "+.3f", "eval_reward_sampled": "+.3f",
 }

@@ -69,7 +69,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from common import BadInput, Example, check_model, check_sharing, encode, encode_prompt
-from common import end_of_turn, layout, micro_batches, response_logps
+from common import end_of_turn, micro_batches, padded_share, response_logps
 
 # ==================================================================================================
 # 1. Arguments
@@ -722,9 +722,11 @@ def accumulate_gradient(model, batch: list[Row], args: argparse.Namespace) -> di
     good = sum(row.desirable for row in labelled)
     tokens = sum(len(e.ids) - e.prompt_len for row in labelled for e in row.examples)
     sums = collections.Counter()  # of tensors: a GPU is asked for them once an update
+    done = []  # the examples of each micro-batch
 
     def perceived_rows(micro):
         examples = [batch[i].examples[0] for i in micro]
+        done.append(examples)
         ref_logp = [batch[i].ref_logp[0] for i in micro]
         ref_logp = pad_sequence(ref_logp, batch_first=True).to(args.device)  # (B, T)
         with autocast(args):
@@ -766,7 +768,7 @@ def accumulate_gradient(model, batch: list[Row], args: argparse.Namespace) -> di
         metrics["margin"] = metrics["reward_desirable"] - metrics["reward_undesirable"]
     else:  # a mean over no response is no number
         del metrics["reward_undesirable" if good else "reward_desirable"]
-    return {"tokens": read, **metrics}
+    return {"tokens": read, **metrics, "padded": padded_share(model, done)}
 
 
 def wins(margin: Tensor) -> Tensor:
@@ -877,7 +879,7 @@ def save_final(model, tokenizer, folder: Path) -> None:
 
 SHOWN = {  # what the line on the screen has of metrics.jsonl
     "loss": ".4f", "margin": "+.4f", "kl": ".4f", "unclipped": ".3f", "abs_logratio": ".4f",
-    "grad_norm": ".2f", "tokens_per_second": ",.0f",
+    "grad_norm": ".2f", "padded": ".3f", "tokens_per_second": ",.0f",
     "eval_loss": ".4f", "eval_above_median": ".3f", "eval_margin": "+.4f",
     "eval_reward_greedy": "+.3f", "eval_reward_sampled": "+.3f",
 }

@@ -129,13 +129,19 @@ def train(run: Run) -> dict:
     out = ROOT / "runs/reproduce/now" / str(os.getpid())
     shutil.rmtree(out, ignore_errors=True)
     out.parent.mkdir(parents=True, exist_ok=True)
+    stopped = None
     with open(out.with_suffix(".log"), "w") as file:
         with contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
-            summary = script.main(script.parse_args(run.argv(out)))
+            try:
+                script.main(script.parse_args(run.argv(out)))
+            except script.Stopped as error:  # all responses alike, or not finite: the worst result
+                stopped = str(error)
     metrics = [json.loads(line) for line in open(out / "metrics.jsonl")]
     curve = [[m["step"], m["eval_reward_greedy"], m["eval_reward_sampled"]]
              for m in metrics if "eval_reward_greedy" in m]
-    result = {"run": run, "curve": curve, "seconds": summary["seconds"], "tokens": summary["tokens"]}
+    result = {"run": run, "curve": curve, "seconds": metrics[-1].get("seconds", 0)}
+    if stopped:
+        return result | {"stopped": stopped, "score": 0.0}
     if run.world == "addition":
         return result | {"score": curve[-1][1]}
     rewards = toy_world.grade(out / "final", run.folder(), run.world)
@@ -375,8 +381,10 @@ def summarize(name: str, rows: dict[str, list[Run]], results: dict, command: str
                       "greedy": [interval([x[1] for x in at], 1000) for at in curves],
                       "sampled": [interval([x[2] for x in at], 1000) for at in curves]},
         }
-        if "utility" in done[0]:
+        if all("utility" in x for x in done):
             table["rows"][label]["utility"] = interval([x["utility"] for x in done])
+        if any("stopped" in x for x in done):
+            table["rows"][label]["stopped"] = [x.get("stopped") for x in done]
     for a, b in pairs:
         if a in values and b in values:
             table["differences"][f"{a} − {b}"] = interval([x - y for x, y in zip(values[a], values[b])])
