@@ -74,7 +74,8 @@ from transformers import AutoModelForSequenceClassification
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from common import BadInput, Example, check_model, check_sharing, encode, encode_prompt
-from common import end_of_turn, layout, micro_batches, padded_share, response_logps
+from common import end_of_turn, micro_batches, padded_share, response_logps
+from common import layout
 
 # ==================================================================================================
 # 1. Arguments

@@ -109,12 +109,11 @@ def write(name: str, rows: list[dict]) -> Path:
 def rows_for(method: str, repeat: int) -> list[dict]:
     """As many rows as UPDATES need, others for each repetition; the same for both sides."""
     rows = read(data_of(method))
-    if method == "grpo":
-        rows = [dict(row, completions=row["completions"][:8], rewards=row["rewards"][:8])
-                for row in rows if len(row["completions"]) >= 8]
-    need = UPDATES * BATCH[method] // (8 if method == "grpo" else 1)
-    rows = random.Random(repeat).sample(rows, need)
-    return rows
+    if method == "grpo" and len(rows[0]["completions"]) == 4:  # groups of 8: four answers to another question
+        rows = [dict(row, completions=row["completions"] + other["completions"],
+                     rewards=[*row["rewards"], 0.0, 0.0, 0.0, 0.0])
+                for row, other in zip(rows, rows[1:] + rows[:1])]
+    return random.Random(repeat).sample(rows, UPDATES * BATCH[method] // (8 if method == "grpo" else 1))
 
 
 def synthetic(method: str, count: int, tokens: int, seed: int = 0) -> list[dict]:
