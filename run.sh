@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
-# ./run.sh                 set everything up, then the demo: plain against humanline on a toy world
+# ./run.sh                 set everything up, then the demo: plain against humanline on two toy worlds
 # ./run.sh test [flags]    set everything up, then the tests (flags go to pytest)
+# ./run.sh bench           speed and memory against TRL and the hardware's floor, 15 minutes
+# ./run.sh reproduce       the paper's findings on the toy worlds, 5 seeds, an hour or two; --quick: minutes
 # ./run.sh dpo [flags]     the recipe for one 80 GB GPU: Qwen2.5-1.5B-Instruct on UltraFeedback-ArmoRM
 # ./run.sh kto [flags]     the same for KTO, the pairs taken apart
 # ./run.sh grpo [flags]    Qwen2.5-1.5B-Instruct on MATH, sampled every 64 updates, for one 80 GB GPU
@@ -30,12 +32,15 @@ run() {  # print a command, then run it
 
 case "${1:-demo}" in
   demo)
-    install requirements.txt
-    run .venv/bin/python tests/demo.py ;;
+    install requirements.txt tests/requirements.txt
+    run .venv/bin/python tests/reproduce.py --quick ;;
   test)
     install requirements.txt tests/requirements.txt
     shift
     run .venv/bin/python -m pytest -q tests "$@" ;;
+  bench | reproduce)
+    install requirements.txt tests/requirements.txt
+    run .venv/bin/python "tests/$1.py" "${@:2}" ;;
   dpo)  # batch and k as in the paper
     install requirements.txt
     shift
@@ -57,6 +62,6 @@ case "${1:-demo}" in
       --sample_every 64 --sync_every 12 --group_size 8 --temperature 0.7 --beta 1e-4 --lr 1e-6 \
       --max_length 3072 --max_new_tokens 2048 --output_dir runs/grpo-qwen2.5-1.5b "$@" ;;
   *)
-    sed -n '2,6s/^# //p' "$0" >&2
+    sed -n '2,8s/^# //p' "$0" >&2
     exit 2 ;;
 esac

@@ -185,14 +185,13 @@ def split_in_quartiles(folder: Path) -> None:
 
 
 def finished(store: Path) -> dict[str, dict]:
-    """Results by key; a last line that a kill cut short is done again."""
-    lines = store.read_text().splitlines() if store.exists() else []
-    results = {}
-    for line in lines:
-        with contextlib.suppress(json.JSONDecodeError):
-            result = json.loads(line)
-            results[json.dumps(result["run"])] = result
-    return results
+    """Results by key; a last line that a kill cut short is dropped, and done again."""
+    if not store.exists():
+        return {}
+    whole = [line for line in store.read_text().splitlines(True) if line.endswith("\n")]
+    store.write_text("".join(whole))
+    results = map(json.loads, whole)
+    return {json.dumps(result["run"]): result for result in results}
 
 
 def do(runs: list[Run], jobs: int) -> dict[str, dict]:
