@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 # Bytes of float32 logits that exist at once. On a CPU a chunk should fit the cache, on a GPU it
 # should fill the multiprocessors; the result does not depend on it.
 CHUNK_BYTES = {"cpu": 2**25, "cuda": 2**28}
-MAX_PADDING = {"cpu": 128, "cuda": 512}  # tokens: about what the start of a micro-batch costs
+MAX_PADDING = {"cpu": 64, "cuda": 512}  # tokens: about what the start of a micro-batch costs
 
 
 class BadInput(ValueError):
@@ -210,7 +210,7 @@ def layout(model, examples: list[Example]) -> tuple[list[list[int]], list[int]]:
         room, ends = getattr(model, "row_tokens", 0) - len(prompt), itertools.accumulate(sizes)
         count = -(-sum(sizes) // room) if room > max(sizes) else sum(sizes)
         for i, size, end in zip(members, sizes, ends):
-            rows[prompt, (end - size) * count // sum(sizes)].append(i)
+            rows[prompt, (2 * end - size) * count // (2 * sum(sizes))].append(i)  # by its middle
     lengths = [len(prompt) + sum(len(examples[i].ids) - len(prompt) for i in members)
                for (prompt, _), members in rows.items()]
     return list(rows.values()), lengths
@@ -219,20 +219,35 @@ def layout(model, examples: list[Example]) -> tuple[list[list[int]], list[int]]:
 def micro_batches(model, units: list[list[Example]], micro_tokens: int) -> list[list[int]]:
     """Cut units, longest first, into micro-batches of at most micro_tokens padded tokens (indices).
 
-    The examples of a unit stay together; one that is larger runs alone. A micro-batch also ends
-    where its padding would cost more than a new one.
+    The examples of a unit stay together, units that share a row too where they fit; what is larger
+    runs alone. A micro-batch also ends where its padding would cost more than a new one.
     """
-    lengths = [layout(model, unit)[1] for unit in units]
+    owner = [u for u, unit in enumerate(units) for _ in unit]
+    blocks, home = [], {}
+    for row in layout(model, [e for unit in units for e in unit])[0]:
+        members = dict.fromkeys(owner[i] for i in row)
+        at = next((home[u] for u in members if u in home), len(blocks))
+        blocks += [[]] if at == len(blocks) else []
+        blocks[at] += [u for u in members if u not in home]
+        home |= dict.fromkeys(blocks[at], at)
+
+    def sized(block):
+        return block, layout(model, [e for u in block for e in units[u]])[1]
+
+    found = []
+    for block, lengths in map(sized, blocks):
+        fits = len(lengths) * max(lengths) <= micro_tokens
+        found += [(block, lengths)] if fits else [sized([u]) for u in block]
     micros, width, room, padding = [], 0, 0, 0
-    for i in sorted(range(len(units)), key=lambda i: -max(lengths[i])):
-        padding += len(lengths[i]) * width - sum(lengths[i])
-        full = len(lengths[i]) * width > room or padding > MAX_PADDING[model.device.type]
+    for block, lengths in sorted(found, key=lambda x: -max(x[1])):
+        padding += len(lengths) * width - sum(lengths)
+        full = len(lengths) * width > room or padding > MAX_PADDING[model.device.type]
         if not micros or full:
-            width, room = max(lengths[i]), micro_tokens
-            padding = len(lengths[i]) * width - sum(lengths[i])
             micros.append([])
-        micros[-1].append(i)
-        room -= len(lengths[i]) * width
+            width, room = max(lengths), micro_tokens
+            padding = len(lengths) * width - sum(lengths)
+        micros[-1] += block
+        room -= len(lengths) * width
     return micros
 
 
@@ -316,13 +331,16 @@ def check_sharing(model, example: Example) -> None:
     some families take a mask and then forget their window, others have no use for one."""
     ids, cut = example
     pair, model.row_tokens = [Example(ids[:cut] + ids[cut:][::-1], cut), example], 0
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")  # TF32 would blur the comparison
     apart, _ = response_logps(model, pair)
     try:
-        model.row_tokens = 4 * len(example.ids)
+        model.row_tokens = 4 * len(ids)
         error = (response_logps(model, pair)[0] - apart).abs().max().item()
-    except Exception as problem:  # a family of another build may raise anything
-        error = problem
+    except Exception:  # a family of another build may raise anything
+        error = 1.0
+    torch.set_float32_matmul_precision(precision)
     # Under a mask attention is not cut at the diagonal: in a row of 2 H tokens it costs a third of
     # the products with the weights, in longer ones it would eat what sharing saves.
-    fits = isinstance(error, float) and error < 5e-3
-    model.row_tokens = 2 * model.config.get_text_config().hidden_size if fits else 0
+    hidden_size = model.config.get_text_config().hidden_size
+    model.row_tokens = 2 * hidden_size if error < 5e-3 else 0

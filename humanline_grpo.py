@@ -75,7 +75,6 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from common import BadInput, Example, check_model, check_sharing, encode, encode_prompt
 from common import end_of_turn, micro_batches, padded_share, response_logps
-from common import layout
 
 # ==================================================================================================
 # 1. Arguments
@@ -816,20 +815,9 @@ def temperature_of(args: argparse.Namespace) -> float:
 
 
 def plan(model, rows: list[Row], micro_tokens: int) -> list[list[int]]:
-    """The micro-batches of an update, as indices; a group stays together where it fits. Scoring and
-    training use the same cut: where the policy has not moved since it scored them, the log-ratios
-    are exactly 0."""
-    groups = collections.defaultdict(list)
-    for i, row in enumerate(rows):
-        groups[row.group].append(i)
-    units = []
-    for group in groups.values():
-        lengths = layout(model, [rows[i].examples[0] for i in group])[1]
-        fits = len(lengths) * max(lengths) <= micro_tokens
-        units += [group] if fits else [[i] for i in group]
-    examples = [[rows[i].examples[0] for i in unit] for unit in units]
-    micros = micro_batches(model, examples, micro_tokens)
-    return [[i for j in micro for i in units[j]] for micro in micros]
+    """The micro-batches of an update, as indices. Scoring and training use the same cut: where the
+    policy has not moved since it scored them, the log-ratios are exactly 0."""
+    return micro_batches(model, [row.examples for row in rows], micro_tokens)
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 
+import common  # noqa: E402
 import humanline_dpo  # noqa: E402
 import humanline_grpo  # noqa: E402
 import humanline_kto  # noqa: E402
@@ -101,6 +102,7 @@ def metrics_of(folder) -> list[dict]:
 @pytest.fixture
 def spy(monkeypatch):
     """spy(script) -> list: of every trained micro-batch its examples, log-ratios and mask."""
+    monkeypatch.setitem(common.MAX_PADDING, "cpu", 10**6)  # --micro_tokens alone cuts
 
     def install(script):
         seen, examples = [], []
