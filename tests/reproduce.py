@@ -24,6 +24,7 @@ import platform
 import random
 import shutil
 import statistics
+import subprocess
 import sys
 import traceback
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -501,17 +502,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--grid", action="store_true", help="choose each cell's flags, on other seeds")
     parser.add_argument("--quick", action="store_true", help="one seed, a slice, minutes")
-    parser.add_argument("--only", nargs="*", choices=[*EXPERIMENTS, "time"], help="some experiments")
+    parser.add_argument("--only", nargs="*", choices=[*EXPERIMENTS, "time", "theory"], help="some experiments")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
     args = parser.parse_args()
     if args.grid:
         return grid(args.jobs)
     seeds, command = SEEDS, "./run.sh reproduce"
-    names = args.only if args.only is not None else list(EXPERIMENTS)
+    names = args.only if args.only is not None else [*EXPERIMENTS, "time", "theory"]
     if args.quick:
         seeds, command, names = SEEDS[:1], "./run.sh reproduce --quick", ["main", "every_64", "k_sweep"]
     results_to, figures_to = (ROOT / "runs/quick",) * 2 if args.quick else (RESULTS, FIGURES)
-    rows = {name: EXPERIMENTS[name][0](seeds) for name in names if name != "time"}
+    rows = {name: EXPERIMENTS[name][0](seeds) for name in names if name in EXPERIMENTS}
     if args.quick:
         rows["main"] = main_table(seeds, methods=("grpo",))
         rows["k_sweep"] = k_sweep(seeds, (1, 4, 16, 64))
@@ -521,7 +522,9 @@ def main() -> None:
         tables[name] = summarize(name, some, results, command)
         show(name, tables[name])
         save(results_to, name, tables[name])
-    if not args.quick and (args.only is None or "time" in args.only):
+    if "theory" in names:
+        subprocess.run([sys.executable, ROOT / "tests/theory.py"], check=True, stdout=subprocess.DEVNULL)
+    if "time" in names:
         torch.set_num_threads(1)
         table = measure_time(seeds)
         save(results_to, "time", table)
