@@ -491,6 +491,19 @@ def test_sizes_and_splits(script, flags, policy, data, tmp_path):
     assert len(prompts) == 5 and not prompts & {script.prompt_of(row) for row in train}
 
 
+def test_examples_of_one_prompt_share_rows_in_a_run(script, run, monkeypatch):
+    seen, logps = [], script.response_logps
+
+    def watch(model, examples, *args):
+        seen.append((model.row_tokens, len(examples), len(common.layout(model, examples)[0])))
+        return logps(model, examples, *args)
+
+    monkeypatch.setattr(script, "response_logps", watch)
+    run(script, "--steps", 1)
+    assert {tokens for tokens, _, _ in seen} == {64}  # 2 H
+    assert any(rows < examples for _, examples, rows in seen) == (script is not kto)  # its prompts all differ
+
+
 @pytest.mark.skipif(not SHARED.exists(), reason="no ../shared/data")
 def test_little_padding_on_gsm8k(script, policy):
     """Under 8% at the default batch sizes, where the lengths of real answers differ."""
