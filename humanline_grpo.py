@@ -507,7 +507,8 @@ def rewards_of(reward, prompts: list[Prompt], texts: list[str], args) -> list[fl
     conversations = [not isinstance(p.text, str) for p in prompts]
     completions = [[{"role": "assistant", "content": text}] if conversation else text
                    for text, conversation in zip(texts, conversations)]
-    columns = {key: [p.columns.get(key) for p in prompts] for p in prompts for key in p.columns}
+    names = dict.fromkeys(key for p in prompts for key in p.columns)
+    columns = {key: [p.columns.get(key) for p in prompts] for key in names}
     try:
         values = reward(prompts=[p.text for p in prompts], completions=completions, **columns)
         values = list(values)
