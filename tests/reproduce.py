@@ -10,7 +10,8 @@ A seed changes everything: initial policy, data, order, sampling. Every cell has
 β (DPO, KTO), k and gradient-norm bound, chosen by --grid on seeds that are not reported; the choice is
 in tests/results/grid.json. Finished runs are lines of runs/reproduce/runs.jsonl: a broken reproduction
 goes on where it stopped. Tables go to tests/results/*.json and figures to tests/figures (--quick: to
-runs/quick, with one seed). Intervals are 95% percentile bootstraps over seeds, differences are paired.
+runs/quick, with one seed). A run that stops since all samples of a prompt are alike (it has converged, to the
+best or the worst) is graded at its last checkpoint, of every 30 updates. Intervals are 95% percentile bootstraps over seeds, differences are paired.
 """
 
 import argparse
@@ -59,7 +60,7 @@ METHODS = {  # (kind of offline data, flags)
     "grpo": ("groups", "--batch_size {size} --beta 0"),
 }
 GRPO_BATCH = {"letters": 64, "addition": 128}  # responses, in groups of 8
-EVERY = "--temperature 1.0 --gen_batch 1024 --save_every 0 --device cpu --overwrite"
+EVERY = "--temperature 1.0 --gen_batch 1024 --save_every 30 --device cpu --overwrite"
 SOURCES = {"offline": 0, "online": 1, "every 64": 64}  # n: updates between two samplings
 VARIANTS = {  # what is added to the baseline
     "plain": "--plain",
@@ -136,19 +137,28 @@ def train(run: Run) -> dict:
         with contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
             try:
                 script.main(script.parse_args(run.argv(out)))
-            except script.Stopped as error:  # all responses alike, or not finite: the worst result
+            except script.Stopped as error:  # responses all alike, at the best or the worst: nothing to learn
                 stopped = str(error)
+                last_checkpoint(run, out).save_pretrained(out / "final")
+                shutil.copytree(run.folder() / "policy", out / "final", dirs_exist_ok=True,
+                                ignore=shutil.ignore_patterns("*.safetensors"))
     metrics = [json.loads(line) for line in open(out / "metrics.jsonl")]
     curve = [[m["step"], m["eval_reward_greedy"], m["eval_reward_sampled"]]
              for m in metrics if "eval_reward_greedy" in m]
-    result = {"run": run, "curve": curve, "seconds": metrics[-1].get("seconds", 0)}
-    if stopped:
-        return result | {"stopped": stopped, "score": 0.0}
+    result = {"run": run, "curve": curve, "seconds": metrics[-1].get("seconds", 0), "stopped": stopped}
     if run.world == "addition":
         return result | {"score": curve[-1][1]}
     rewards = toy_world.grade(out / "final", run.folder(), run.world)
     initial = json.loads((run.folder() / "initial.json").read_text())
     return result | {"score": win_rate(rewards, initial), "utility": statistics.fmean(rewards)}
+
+
+def last_checkpoint(run: Run, out: Path):
+    """The policy of the newest checkpoint, else the initial one."""
+    model = toy_world.AutoModelForCausalLM.from_pretrained(run.folder() / "policy")
+    for path in sorted(out.glob("step-*.pt"))[-1:]:
+        model.load_state_dict(torch.load(path, weights_only=True)["model"])
+    return model
 
 
 def win_rate(rewards: list[float], initial: list[float], samples: int = 4) -> float:
@@ -382,10 +392,9 @@ def summarize(name: str, rows: dict[str, list[Run]], results: dict, command: str
                       "greedy": [interval([x[1] for x in at], 1000) for at in curves],
                       "sampled": [interval([x[2] for x in at], 1000) for at in curves]},
         }
-        if all("utility" in x for x in done):
+        if "utility" in done[0]:
             table["rows"][label]["utility"] = interval([x["utility"] for x in done])
-        if any("stopped" in x for x in done):
-            table["rows"][label]["stopped"] = [x.get("stopped") for x in done]
+        table["rows"][label]["stopped early"] = sum(bool(x.get("stopped")) for x in done)
     for a, b in pairs:
         if a in values and b in values:
             table["differences"][f"{a} − {b}"] = interval([x - y for x, y in zip(values[a], values[b])])
@@ -456,7 +465,7 @@ def draw_main(table: dict, folder: Path) -> None:
                 point(axes, i + (j - 1.5) / 5, row, COLORS[variant], "so"[source == "online"], label,
                       filled=source == "offline")
     axes.axhline(0.5, color="gray", linewidth=0.8, linestyle=":")
-    axes.annotate("initial policy", (len(methods) - 0.5, 0.5), ha="right", va="bottom", color="gray", fontsize=8)
+    axes.text(0.01, 0.5, "initial policy", transform=axes.get_yaxis_transform(), va="bottom", color="gray", fontsize=8)
     axes.set_xticks(range(len(methods)), [m.upper() for m in methods])
     axes.set_ylabel("win rate against the initial policy")
     axes.legend(fontsize=8, ncols=2)

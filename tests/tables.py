@@ -72,7 +72,67 @@ def bench() -> str:
                      "share of the floor", "padding"], rows)
 
 
-TABLES = {"first": first, "main": main, "bench": bench}
+def findings() -> str:
+    """Each claim: the paper's figure, ours, and whether it holds here."""
+    main, exact, often = load("main"), load("verifiable"), load("every_64")
+    sweep, ablation, quality, clock = load("k_sweep"), load("ablation"), load("data_quality"), load("time")
+
+    def three(a: str, b: str) -> str:
+        return "; ".join(f"{m.upper()} {difference(main, f'{m} {a} − {m} {b}')}" for m in ("dpo", "kto", "grpo"))
+
+    def grpo(a: str, b: str) -> str:
+        return f"addition GRPO {difference(exact, f'grpo {a} − grpo {b}')}"
+
+    def two(a: str, b: str) -> str:
+        return "; ".join(f"{world} {difference(ablation, f'{world} {a} − {world} {b}')}" for world in ("letters", "addition"))
+
+    ratio = "; ".join(f"{world} {low[0]:.1f}× [{low[1]:.1f}, {low[2]:.1f}]"
+                      for world, low in clock["online / offline + humanline"].items())
+    rows = [
+        ["online beats offline", "win rate 1.4× (DPO), 1.3× (KTO), 1.6× (GRPO)",
+         f"{three('online plain', 'offline plain')}; {grpo('online plain', 'offline plain')}"],
+        ["offline + humanline beats offline", "all three, p < 0.05",
+         f"{three('offline humanline', 'offline plain')}; {grpo('offline humanline', 'offline plain')}"],
+        ["offline + humanline is as good as online", "the gap is closed for all three",
+         f"{three('offline humanline', 'online plain')}; {grpo('offline humanline', 'online plain')}"],
+        ["online + humanline adds little to online", "little",
+         f"{three('online humanline', 'online plain')}; {grpo('online humanline', 'online plain')}"],
+        ["sampling 64× less often costs plain GRPO", "significantly worse",
+         f"addition {difference(often, 'every 64 plain − online plain')}"],
+        ["… and humanline GRPO nothing", "as good as online (Pass@1 0.593 ± 0.019)",
+         f"addition {difference(often, 'every 64 humanline − online plain')}; over plain every 64 "
+         f"{difference(often, 'every 64 humanline − every 64 plain')}"],
+        ["k = 1 collapses", "reward collapse",
+         f"accuracy {score(sweep['rows']['k = 1'])}, k = 2 {score(sweep['rows']['k = 2'])}"],
+        ["a middle k is best", "12 ≤ k ≤ 24",
+         ", ".join(f"k = {k} {score(sweep['rows'][f'k = {k}'])}" for k in (4, 8, 16, 32, 64))],
+        ["syncing alone is not enough", "not enough", f"both − synced only: {two('humanline', 'synced only')}"],
+        ["without syncing it is plain", "falls back to offline", f"clipped only − plain: {two('clipped only', 'plain')}"],
+        ["sampling ≈ clipping", "as good", f"sampling − clipping: {two('humanline sampling', 'humanline')}"],
+        ["data near the policy are better", "bottom quartile, [−1.03, −0.36] nats, significantly worse",
+         f"win rate bottom − top quartile {difference(quality, 'quartile 1 − quartile 4')}"],
+        ["faster than online in wall-clock", "over 6×", f"seconds, online / offline + humanline: {ratio}"],
+    ]
+    return markdown(["finding", "the paper's figure", "here: difference or value [95% interval]", "holds here?"],
+                    [[*row, VERDICTS[row[0]]] for row in rows])
+
+
+VERDICTS = {  # ours, from the intervals
+    "online beats offline": "**yes**",
+    "offline + humanline beats offline": "**yes** for GRPO, on both worlds; **no** for DPO and KTO",
+    "offline + humanline is as good as online": "**no**; GRPO closes most of the gap on letters, under half of it on addition",
+    "online + humanline adds little to online": "**yes** for KTO and GRPO on letters; DPO fails on one seed of five; on addition it helps",
+    "sampling 64× less often costs plain GRPO": "not shown: the interval holds 0",
+    "… and humanline GRPO nothing": "**no** at the k chosen on the other seed; at k = 32 (below) it comes nearest",
+    "k = 1 collapses": "**yes**",
+    "a middle k is best": "k must be 16 or more; between 16, 32 and 64 no difference is shown",
+    "syncing alone is not enough": "**no**: syncing alone does as well",
+    "without syncing it is plain": "**yes**",
+    "sampling ≈ clipping": "**yes**",
+    "data near the policy are better": "**no**, the reverse; all data are the policy's own here, the quartiles lie close",
+    "faster than online in wall-clock": "faster, but samples are short here and cheap",
+}
+TABLES = {"first": first, "main": main, "findings": findings, "bench": bench}
 
 
 def fill(text: str) -> str:

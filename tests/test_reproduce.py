@@ -9,6 +9,7 @@ import common
 import humanline_dpo
 import plot
 import reproduce
+import tables
 from conftest import SCRIPTS
 
 
@@ -120,3 +121,13 @@ def test_the_floor_by_hand():
     weights = body + 2 * 4 * 10
     assert bench.floor([row], Config, rate=1.0, bandwidth=1e30) == pytest.approx(4 * forward)
     assert bench.floor([row], Config, rate=1e30, bandwidth=2.0) == pytest.approx(14 * weights)
+
+
+# --- the README ---------------------------------------------------------------------------------------
+
+
+def test_the_readme_has_the_numbers_of_the_results():
+    text = tables.README.read_text()
+    assert all(f"<!-- {name} -->" in text for name in tables.TABLES)
+    assert tables.fill(text) == text  # else: python tests/tables.py
+    assert tables.number(-0.004, sign=True) == "0.00" and tables.number(0.125, sign=True) == "+0.12"
