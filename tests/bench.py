@@ -251,7 +251,7 @@ def profile_ours(spec: dict) -> dict:
 
 
 def measure_trl(spec: dict) -> dict:
-    """Seconds of single optimizer steps of TRL's trainer on the same rows; the first batch is a short one."""
+    """Seconds of the last optimizer step of TRL's trainer, on the same rows."""
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
@@ -266,13 +266,9 @@ def measure_trl(spec: dict) -> dict:
     def message(role, text):
         return [{"role": role, "content": text}]
 
-    short = {"dpo": {"prompt": "a", "chosen": "b", "rejected": "c"}, "kto": {"prompt": "a", "completion": "b"},
-             "grpo": {"prompt": "a", "completions": list("bcdefghi"), "rewards": [0.0] * 4 + [1.0] * 4}}[method]
     groups = BATCH[method] // (8 if method == "grpo" else 1)
-    warm = [dict(short, prompt=f"a{i}") | ({"label": i % 2 == 0} if method == "kto" else {})
-            for i in range(groups)]
-    steps = 3 if method == "dpo" else 2  # DPO: the second without a sync, the third with one
-    rows = warm + rows[: groups * (steps - 1)]
+    steps = 3 if method == "dpo" else 2  # the first warms up; DPO: the second without a sync, the third with one
+    rows = rows[: groups * steps]
     every = dict(output_dir=str(WORK / "trl"), max_steps=steps, report_to=[], save_strategy="no",
                  use_cpu=spec["device"] == "cpu", bf16=spec["device"] == "cuda", gradient_checkpointing=False,
                  per_device_train_batch_size=BATCH[method], train_sampling_strategy="sequential",
@@ -319,22 +315,13 @@ def measure_trl(spec: dict) -> dict:
                              train_dataset=data, processing_class=tokenizer)
         examples = [common.encode(tokenizer, row["prompt"], row[side], 4096)
                     for row in rows for side in ("chosen", "rejected")]
-    marks = []
-
-    class Clock(TrainerCallback):
-        def on_step_begin(self, *_, **__):
-            marks.append(time.perf_counter())
-
-    trainer.callback_handler.callbacks.insert(0, Clock())
-    if method == "grpo":  # its rollout runs before on_step_begin: take the time between step ends instead
-        marks = []
     ends = []
 
-    class End(TrainerCallback):
+    class Clock(TrainerCallback):  # the last callback: the sync is over
         def on_step_end(self, *_, **__):
             ends.append(time.perf_counter())
 
-    trainer.add_callback(End())
+    trainer.add_callback(Clock())
     with contextlib.redirect_stdout(sys.stderr):
         trainer.train()
     size = 2 * groups if method == "dpo" else 8 * groups if method == "grpo" else groups
@@ -348,7 +335,7 @@ def measure_trl(spec: dict) -> dict:
 
 
 def measure_usual(spec: dict) -> dict:
-    """What most codebases do, with the scripts' own losses."""
+    """DPO as most codebases do it, with the script's own loss."""
     from torch.nn.utils.rnn import pad_sequence
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -373,33 +360,18 @@ def measure_usual(spec: dict) -> dict:
         logp = logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
         return logp, mask[:, 1:].to(device)
 
-    def perceived(examples, grad=True):
-        with torch.set_grad_enabled(grad):
-            logp, mask = logps(policy, examples)
+    def perceived(examples):
+        logp, mask = logps(policy, examples)
         with torch.no_grad():
-            logratio = logp - logps(reference, examples)[0]
-        return logp - (logp.detach() - logratio.detach()), mask, torch.where(mask, logratio, 0.0)
+            ref_logp, _ = logps(reference, examples)
+        return logp - ref_logp, mask
 
     took = []
-    for batch in [batches[0][::8], batches[1]]:  # a small one to warm up
+    for batch in batches:  # the first warms up
         started = time.perf_counter()
-        if method == "dpo":
-            logratio, mask, _ = perceived([row.examples[side] for side in (0, 1) for row in batch])
-            z = torch.where(mask, logratio, 0.0).clamp(-1.5, 1.5)
-            loss = script.dpo_loss(z, mask, args.beta).mean()
-        elif method == "kto":
-            pairs = [row.examples[0] for row in batch if row.desirable is None]
-            batch = [row for row in batch if row.desirable is not None]
-            kl = perceived(pairs, grad=False)[2].sum(-1).mean().clamp_min(0)
-            logratio, mask, _ = perceived([row.examples[0] for row in batch])
-            z = torch.where(mask, logratio, 0.0).clamp(-1.5, 1.5)
-            desirable = torch.tensor([row.desirable for row in batch], device=device)
-            loss = script.kto_loss(z, mask, desirable, kl, args.beta, 1.0, 1.0).mean()
-        else:
-            logratio, mask, _ = perceived([row.examples[0] for row in batch])
-            z = torch.where(mask, logratio, 0.0).clamp(-1.5, 1.5)
-            advantage = torch.tensor([row.advantage for row in batch], device=device)
-            loss = script.grpo_loss(logratio, z, mask, advantage, 0.2, 1e-4).sum() / mask.sum()
+        logratio, mask = perceived([row.examples[side] for side in (0, 1) for row in batch])
+        z = torch.where(mask, logratio, 0.0).clamp(-1.5, 1.5)
+        loss = script.dpo_loss(z, mask, args.beta).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         reference.load_state_dict(policy.state_dict())  # before the step
@@ -429,7 +401,8 @@ def measure(side: str, **spec) -> dict:
 
 def compare(method: str, shape: str, vocabulary: int, device: str, repeats: int, tokens: int | None = None) -> dict:
     """Ours, TRL and the usual way in turn."""
-    model, found = make_model(shape, vocabulary), {"ours": [], "trl": [], "usual": []}
+    sides = ("ours", "trl", "usual") if method == "dpo" else ("ours", "trl")  # the usual way is the same for all
+    model, found = make_model(shape, vocabulary), {side: [] for side in sides}
     for repeat in tqdm(range(repeats), f"{method} {shape} {tokens or ''}", leave=False):
         groups = 8 if method == "grpo" else 1
         rows = synthetic(method, UPDATES * BATCH[method] // groups, tokens // 2) if tokens else rows_for(method, repeat)
@@ -439,7 +412,7 @@ def compare(method: str, shape: str, vocabulary: int, device: str, repeats: int,
                                        batch=BATCH[method], flags=OURS.get(device, {})))
     table = {side: {key: statistics.median(x[key] for x in many) for key in many[0]}
              for side, many in found.items()}
-    for side in ("trl", "usual"):
+    for side in sides[1:]:
         table[f"speed over {side}"] = table["ours"]["tokens_per_second"] / table[side]["tokens_per_second"]
         table[f"memory over {side}"] = table["ours"]["memory"] / table[side]["memory"]
     if method == "dpo":
@@ -452,7 +425,7 @@ OURS = {"cpu": {"micro_tokens": 2048}}  # what a CPU's caches like; memory, too
 
 
 def show(name: str, table: dict) -> None:
-    for side in ("ours", "trl", "usual"):
+    for side in [side for side in ("ours", "trl", "usual") if side in table]:
         row = table[side]
         more = f"  share of the floor {row['share']:.2f}  padded {row['padded']:.3f}" if side == "ours" else ""
         print(f"{name:14s}{side:8s}{row['tokens_per_second']:10,.0f} tokens/s{row['memory']:8.2f} GiB{more}")
@@ -463,8 +436,8 @@ def growth(device: str) -> dict:
     """Seconds an update and memory, one thing varied at a time: DPO, hidden 128, 2 layers, prompts and
     responses of 128 tokens, 8 pairs, vocabulary 32,000, k = 1."""
     base = {"batch": 8, "vocabulary": 32_000, "sync_every": 1, "response": 128}
-    varied = {"batch": (4, 8, 16, 32), "vocabulary": (8_000, 32_000, 64_000, 128_000),
-              "sync_every": (1, 4, 16, 64), "response": (64, 128, 256, 512)}
+    varied = {"batch": (4, 8, 16, 32), "vocabulary": (8_000, 32_000, 128_000),
+              "sync_every": (1, 8, 64), "response": (64, 256, 512)}
     table = {}
     for name, values in varied.items():
         table[name] = []
@@ -503,9 +476,10 @@ def draw_growth(table: dict, folder: Path) -> None:
             axis.set_xscale("log", base=2)
             axis.set_xticks(x, [f"{v // 1000}k" if v >= 1000 else v for v in x])
             axis.minorticks_off()
-            axis.set_ylim(bottom=0)
             axis.grid(alpha=0.3)
         bottom.set_xlabel(names[name])
+    for row, key in zip(axes, ("seconds", "memory")):  # all panels of a row have its scale
+        row[0].set_ylim(0, 1.08 * max(x[key] for rows in table.values() for x in rows))
     axes[0, 0].set_ylabel("seconds an update")
     axes[1, 0].set_ylabel("peak memory, GiB")
     axes[1, 0].legend(fontsize=7)
