@@ -13,6 +13,7 @@ import torch
 
 import humanline_dpo
 from common import BadInput
+import common
 from conftest import ROOT, metrics_of
 
 TIMES = ("seconds", "tokens_per_second", "peak_memory_gib")
@@ -166,6 +167,7 @@ def test_resume_of_another_script_is_refused(script, run, tmp_path):
 @pytest.mark.parametrize("fault", ["loss", "gradient"])
 def test_nothing_of_a_non_finite_update_is_kept(script, run, tmp_path, monkeypatch, fault):
     """At update 3 the loss is NaN, or it is finite and its gradient is not."""
+    monkeypatch.setitem(common.MAX_PADDING, "cpu", 10**6)  # one micro-batch an update, so that they can be counted
     run(script, "--save_every", 1, "--steps", 2, "--output_dir", tmp_path / "good")
     perceive, count = script.perceive, [0]
 
