@@ -407,14 +407,19 @@ def summarize(name: str, rows: dict[str, list[Run]], results: dict, command: str
 
 
 def show(name: str, table: dict) -> None:
-    print(f"\n{name}: {table['measured']}, seeds {table['seeds']}, mean [95% interval]")
+    single = len(table["seeds"]) == 1
+    print(f"\n{name}: {table['measured']}, " + ("one seed" if single else f"seeds {table['seeds']}, mean [95% interval]"))
+
+    def text(numbers, form):
+        mean, *bounds = (f"{x:{form}}" for x in numbers)
+        return mean if single else f"{mean} [{', '.join(bounds)}]"
+
     for label, row in table["rows"].items():
-        mean, low, high = row["score"]
         utility = f"  utility {row['utility'][0]:+.3f}" if "utility" in row else ""
         flags = " ".join(f"{key} {value}" for key, value in row["flags"].items())
-        print(f"  {label:28s}{mean:.3f} [{low:.3f}, {high:.3f}]{utility}  {row['seconds']:5.1f} s  {flags}")
-    for label, (mean, low, high) in table["differences"].items():
-        print(f"  {label:58s}{mean:+.3f} [{low:+.3f}, {high:+.3f}]")
+        print(f"  {label:28s}{text(row['score'], '.3f')}{utility}  {row['seconds']:5.1f} s  {flags}")
+    for label, numbers in table["differences"].items():
+        print(f"  {label:58s}{text(numbers, '+.3f')}")
 
 
 def measure_time(seeds) -> dict:
@@ -468,6 +473,7 @@ def draw_main(table: dict, folder: Path) -> None:
     axes.text(0.01, 0.5, "initial policy", transform=axes.get_yaxis_transform(), va="bottom", color="gray", fontsize=8)
     axes.set_xticks(range(len(methods)), [m.upper() for m in methods])
     axes.set_ylabel("win rate against the initial policy")
+    axes.set_ylim(0, 1.05)
     axes.legend(fontsize=8, ncols=2)
     finish(figure, folder, "main")
 
@@ -524,7 +530,6 @@ def main() -> None:
     results_to, figures_to = (ROOT / "runs/quick",) * 2 if args.quick else (RESULTS, FIGURES)
     rows = {name: EXPERIMENTS[name][0](seeds) for name in names if name in EXPERIMENTS}
     if args.quick:
-        rows["main"] = main_table(seeds, methods=("grpo",))
         rows["k_sweep"] = k_sweep(seeds, (1, 4, 16, 64))
     runs = [run for many in rows.values() for some in many.values() for run in some]
     results, tables = do(runs, args.jobs), {}

@@ -11,9 +11,9 @@ import time
 import pytest
 import torch
 
+import common
 import humanline_dpo
 from common import BadInput
-import common
 from conftest import ROOT, metrics_of
 
 TIMES = ("seconds", "tokens_per_second", "peak_memory_gib")
