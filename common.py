@@ -1,7 +1,8 @@
 """Tokenization and log-probabilities: the two things that the three scripts import.
 
-Shapes: B sequences, L their padded length, T response tokens of the longest, N response tokens in
-all, H the hidden size, V the vocabulary. Log-probabilities are in nats.
+Shapes: B responses, T tokens of the longest, N tokens of all responses, L length of a padded row (a
+prompt and one response, or several), H the hidden size, V the vocabulary. Log-probabilities are in
+nats.
 """
 
 import collections
@@ -16,7 +17,9 @@ from torch.nn.utils.rnn import pad_sequence
 # Bytes of float32 logits that exist at once. On a CPU a chunk should fit the cache, on a GPU it
 # should fill the multiprocessors; the result does not depend on it.
 CHUNK_BYTES = {"cpu": 2**25, "cuda": 2**28}
-MAX_PADDING = {"cpu": 64, "cuda": 512}  # tokens: about what the start of a micro-batch costs
+# Tokens of padding that are cheaper than the start of one more micro-batch. Both of CUDA's numbers
+# are guesses, not measured.
+MAX_PADDING = {"cpu": 64, "cuda": 512}
 
 
 class BadInput(ValueError):
@@ -135,9 +138,9 @@ def encode(
 
 
 class _TokenLogps(torch.autograd.Function):
-    """log softmax(head(hidden))[target] in chunks; backward makes a chunk's logits again and, with the
-    kept log-sum-exp, their softmax, in one buffer. Matrix products run in the compute dtype (bf16
-    under autocast), the log-softmax and its gradient in float32."""
+    """log softmax(head(hidden))[target] in chunks of rows, all in one buffer; backward makes a
+    chunk's logits again and, with the kept log-sum-exp, their softmax. Matrix products run in the
+    compute dtype (bf16 under autocast), the log-softmax and its gradient in float32."""
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, target, scale, cap, temperature):
@@ -167,10 +170,12 @@ class _TokenLogps(torch.autograd.Function):
         grad_bias = None if bias is None else torch.zeros_like(bias)
         for i in range(0, len(target), ctx.rows):
             part = slice(i, i + ctx.rows)
-            h, g = hidden[part].to(ctx.dtype), grad[part, None] * (-scale / temperature)  # (rows, 1)
-            logits = _logits(h, w, b, scale, cap, temperature, buffer)
+            h = hidden[part].to(ctx.dtype)
+            logits = _logits(h, w, b, scale, cap, temperature, buffer)  # (rows, V)
             slope = 1 - (logits * (temperature / cap)) ** 2 if cap else None  # of the soft cap
-            # d logp / d logits = onehot(target) − softmax(logits); here its negative, g has the sign
+            # d logp / d logits = onehot(target) − softmax(logits). d is its negative; the sign and
+            # all factors of a row are in g, so that they cost H and not V multiplications a row.
+            g = grad[part, None] * (-scale / temperature)  # (rows, 1)
             d = logits.sub_(lse[part]).exp_()
             d.scatter_add_(-1, target[part, None], torch.full_like(g, -1.0))
             d = (d.mul_(slope) if cap else d).to(ctx.dtype)
@@ -197,20 +202,21 @@ def _logits(hidden, weight, bias, scale, cap, temperature, buffer):
 
 
 def layout(model, examples: list[Example]) -> tuple[list[list[int]], list[int]]:
-    """Which examples share a row, [prompt | response | response …], and the rows' lengths in tokens.
+    """The examples (indices) of each row [prompt | response | …], and the rows' lengths in tokens.
 
-    Examples of one prompt do, where check_sharing has found that the model keeps them apart, in
-    even rows of about model.row_tokens at most; else each has its own.
+    Examples of one prompt share rows, even ones of about model.row_tokens at most, where
+    check_sharing has found that the model keeps them apart; else each has its own.
     """
     prompts, rows = collections.defaultdict(list), collections.defaultdict(list)
     for i, e in enumerate(examples):
         prompts[tuple(e.ids[: e.prompt_len])].append(i)
     for prompt, members in prompts.items():
         sizes = [len(examples[i].ids) - len(prompt) for i in members]
-        room, ends = getattr(model, "row_tokens", 0) - len(prompt), itertools.accumulate(sizes)
-        count = -(-sum(sizes) // room) if room > max(sizes) else sum(sizes)
-        for i, size, end in zip(members, sizes, ends):
-            rows[prompt, (2 * end - size) * count // (2 * sum(sizes))].append(i)  # by its middle
+        total, room = sum(sizes), getattr(model, "row_tokens", 0) - len(prompt)
+        count = -(-total // room) if room > max(sizes) else total  # as many as tokens: each alone
+        for i, size, end in zip(members, sizes, itertools.accumulate(sizes)):
+            middle = end - size / 2  # of the response; it goes to the even part where that lies
+            rows[prompt, int(middle * count / total)].append(i)
     lengths = [len(prompt) + sum(len(examples[i].ids) - len(prompt) for i in members)
                for (prompt, _), members in rows.items()]
     return list(rows.values()), lengths
@@ -222,24 +228,27 @@ def micro_batches(model, units: list[list[Example]], micro_tokens: int) -> list[
     The examples of a unit stay together, units that share a row too where they fit; what is larger
     runs alone. A micro-batch also ends where its padding would cost more than a new one.
     """
-    owner = [u for u, unit in enumerate(units) for _ in unit]
-    blocks, home = [], {}
+    # Units with a row in common make a block: apart, they would run its prompt twice.
+    unit_of = [u for u, unit in enumerate(units) for _ in unit]
+    blocks, block_of = [], {}
     for row in layout(model, [e for unit in units for e in unit])[0]:
-        members = dict.fromkeys(owner[i] for i in row)
-        at = next((home[u] for u in members if u in home), len(blocks))
-        blocks += [[]] if at == len(blocks) else []
-        blocks[at] += [u for u in members if u not in home]
-        home |= dict.fromkeys(blocks[at], at)
+        members = dict.fromkeys(unit_of[i] for i in row)
+        block = next((block_of[u] for u in members if u in block_of), None)
+        if block is None:
+            block = []
+            blocks.append(block)
+        block += [u for u in members if u not in block_of]
+        block_of |= {u: block for u in members if u not in block_of}
 
-    def sized(block):
+    def with_lengths(block):
         return block, layout(model, [e for u in block for e in units[u]])[1]
 
-    found = []
-    for block, lengths in map(sized, blocks):
+    sized = []
+    for block, lengths in map(with_lengths, blocks):
         fits = len(lengths) * max(lengths) <= micro_tokens
-        found += [(block, lengths)] if fits else [sized([u]) for u in block]
+        sized += [(block, lengths)] if fits else [with_lengths([u]) for u in block]
     micros, width, room, padding = [], 0, 0, 0
-    for block, lengths in sorted(found, key=lambda x: -max(x[1])):
+    for block, lengths in sorted(sized, key=lambda x: -max(x[1])):
         padding += len(lengths) * width - sum(lengths)
         full = len(lengths) * width > room or padding > MAX_PADDING[model.device.type]
         if not micros or full:
@@ -269,31 +278,37 @@ def response_logps(
     """
     config, device = model.config.get_text_config(), model.device
     head = model.get_output_embeddings()
-    # The one shift: a token is predicted from the state before it, so the last input is not needed.
-    rows, lines = layout(model, examples)[0], []
-    row, at = torch.zeros(2, len(examples), dtype=torch.long)  # (B,): where a response's input is
-    for number, members in enumerate(rows):
+    # A row of prompt x and responses a, b:   ids  x x x | a a | b b b   (without their last tokens)
+    #                                    position  0 1 2 | 3 4 | 3 4 5
+    #                                       owner  0 0 0 | 1 1 | 2 2 2
+    rows, packed = layout(model, examples)[0], []
+    row_of, start = torch.zeros(2, len(examples), dtype=torch.long)  # (B,): where a response is
+    for r, members in enumerate(rows):
         prompt = examples[members[0]].ids[: examples[members[0]].prompt_len]
-        line = [prompt, list(range(len(prompt))), [0] * len(prompt)]  # ids, positions, owners
-        for owner, i in enumerate(members, 1):
-            row[i], at[i], inputs = number, len(line[0]), examples[i].ids[len(prompt) : -1]
-            places = range(len(prompt), len(prompt) + len(inputs))
-            line = [line[0] + inputs, line[1] + list(places), line[2] + [owner] * len(inputs)]
-        lines.append(torch.tensor(line))
-    inputs = pad_sequence([x.T for x in lines], batch_first=True).to(device)  # (rows, L, 3)
-    ids, position, owner = inputs.unbind(-1)  # (rows, L)
+        ids, position, owner = [*prompt], [*range(len(prompt))], [0] * len(prompt)
+        for number, i in enumerate(members, 1):
+            row_of[i], start[i] = r, len(ids)
+            inputs = examples[i].ids[len(prompt) : -1]  # nothing is predicted from the last token
+            ids += inputs
+            position += range(len(prompt), len(prompt) + len(inputs))
+            owner += [number] * len(inputs)
+        packed.append(torch.tensor([ids, position, owner]).T)  # (length, 3)
+    packed = pad_sequence(packed, batch_first=True).to(device, non_blocking=True)  # (rows, L, 3)
+    ids, position, owner = packed.unbind(-1)  # (rows, L)
     options = {}
     if len(rows) < len(examples):
         seen = (owner[:, None] == 0) | (owner[:, None] == owner[:, :, None])  # (rows, L, L)
         options = {"attention_mask": seen.tril()[:, None], "position_ids": position}
     hidden = model.base_model(ids, use_cache=False, **options).last_hidden_state  # (rows, L, H)
 
-    starts = torch.tensor([e.prompt_len for e in examples])
-    lengths = torch.tensor([len(e.ids) for e in examples]) - starts
+    prompt_len = torch.tensor([e.prompt_len for e in examples])  # (B,)
+    lengths = torch.tensor([len(e.ids) for e in examples]) - prompt_len
     mask = torch.arange(int(lengths.max())) < lengths[:, None]  # (B, T)
     i, t = mask.nonzero(as_tuple=True)  # (N,): made on the CPU, so that a GPU never waits
     target = torch.tensor([token for e in examples for token in e.ids[e.prompt_len :]])  # (N,)
-    before = row[i] * ids.shape[1] + torch.where(t == 0, starts[i], at[i] + t) - 1  # (N,)
+    # The one shift: a token is predicted from the state before it, a response's first token from
+    # the prompt's last one, wherever in the row the response stands.
+    before = row_of[i] * ids.shape[1] + torch.where(t == 0, prompt_len[i], start[i] + t) - 1  # (N,)
     target, before = (x.to(device, non_blocking=True) for x in (target, before))
     hidden = hidden.flatten(0, 1).index_select(0, before)  # (N, H): no head on prompt tokens
     scale = getattr(config, "logit_scale", None) or 1  # Cohere
@@ -327,15 +342,17 @@ def check_model(model, example: Example) -> None:
 
 @torch.no_grad()
 def check_sharing(model, example: Example) -> None:
-    """Let examples of one prompt share a row if the model keeps them apart on the longest example:
-    some families take a mask and then forget their window, others have no use for one."""
+    """Set model.row_tokens, the length up to which examples of one prompt share a row: 2 H, or 0 if
+    the model does not keep them apart on the longest example. Some families take a mask and then
+    forget their window, others have no use for one."""
     ids, cut = example
-    pair, model.row_tokens = [Example(ids[:cut] + ids[cut:][::-1], cut), example], 0
+    other = Example(ids[:cut] + ids[cut:][::-1], cut)  # another response to the same prompt
+    pair, model.row_tokens = [other, example], 0
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")  # TF32 would blur the comparison
     apart, _ = response_logps(model, pair)
     try:
-        model.row_tokens = 4 * len(ids)
+        model.row_tokens = 4 * len(ids)  # room for both
         error = (response_logps(model, pair)[0] - apart).abs().max().item()
     except Exception:  # a family of another build may raise anything
         error = 1.0

@@ -40,7 +40,6 @@ own reference, and little movement of both with k = 1 and a small lr. `--plain` 
 import argparse
 import collections
 import difflib
-import functools
 import hashlib
 import importlib.util
 import itertools
@@ -101,7 +100,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--plain", action="store_true", help="the baseline: --humanline off --sync_every 0")
     add("--beta", type=float, default=0.1, help="inverse temperature of the preference (*)")
     add = parser.add_argument_group("sampling; --data then holds prompts").add_argument
-    add("--sample_every", type=int, default=0, help="n: every n updates the policy writes n")
+    add("--sample_every", type=int, default=0, help="n: updates between two samplings; 0 = never")
     add("--reward", help="FILE.py:FUNCTION(prompts, completions, **columns) -> list of numbers")
     add("--group_size", type=int, default=8, help="responses to a prompt")
     add("--temperature", type=float, default=0.7, help="of sampling, and of log-probs of samples")
@@ -120,7 +119,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--eval_every", type=int, default=100, help="updates between evaluations, 0 = none (*)")
     add("--save_every", type=int, default=100, help="updates between checkpoints, 0 = none (*)")
     add("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--seed", type=int, default=0, help="of the data's order and of humanline sampling")
+    add("--seed", type=int, default=0, help="of the data's order, samples and humanline sampling")
     args = parser.parse_args(argv)
     if args.plain:
         args.humanline, args.sync_every = "off", 0
@@ -674,15 +673,15 @@ def accumulate_gradient(model, batch: list[Row], args: argparse.Namespace) -> di
     pairs = len(batch)  # every mean is over the whole update, so that the cut changes nothing
     tokens = sum(len(e.ids) - e.prompt_len for row in batch for e in row.examples)
     sums = collections.Counter()  # of tensors: a GPU is asked for them once an update
-    done = []  # the examples of each micro-batch
+    forwards = []  # the examples of each, for their padding
     for micro in plan(model, batch, args.micro_tokens):
         examples = [batch[i].examples[side] for side in (0, 1) for i in micro]
-        done.append(examples)
+        forwards.append(examples)
         ref_logp = [batch[i].ref_logp[side] for side in (0, 1) for i in micro]
-        ref_logp = pad_sequence(ref_logp, batch_first=True).to(args.device)  # (B, T)
+        ref_logp = pad_sequence(ref_logp, batch_first=True)  # (B, T)
         with autocast(args):
             logp, mask = response_logps(model, examples, temperature_of(args))  # (B, T)
-        logratio = logp - ref_logp  # (B, T)
+        logratio = logp - ref_logp.to(args.device, non_blocking=True)  # (B, T)
         # Humanline clipping: one clamp of every token's log-ratio, before the loss sees it.
         perceived, low, high = perceive(logratio, mask, args.humanline, args.log_eps_P,
                                         args.log_eps_R, args.gamma_P, args.gamma_R)
@@ -703,7 +702,7 @@ def accumulate_gradient(model, batch: list[Row], args: argparse.Namespace) -> di
         })
     read = sum(len(e.ids) for row in batch for e in row.examples)
     metrics = dict(zip(sums, torch.stack(list(sums.values())).tolist()))
-    return {"tokens": read, **metrics, "padded": padded_share(model, done)}
+    return {"tokens": read, **metrics, "padded": padded_share(model, forwards)}
 
 
 def wins(margin: Tensor) -> Tensor:

@@ -65,7 +65,6 @@ from typing import NamedTuple
 
 import datasets
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
@@ -108,7 +107,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--beta", type=float, default=1e-4, help="weight of the KL estimate")
     add("--epsilon", type=float, default=0.2, help="PPO's clip of the perceived ratio (*)")
     add = parser.add_argument_group("sampling; --data then holds prompts").add_argument
-    add("--sample_every", type=int, default=0, help="n: every n updates the policy writes n")
+    add("--sample_every", type=int, default=0, help="n: updates between two samplings; 0 = never")
     add("--reward", help="FILE.py:FUNCTION(prompts, completions, **columns) -> list of numbers")
     add("--group_size", type=int, default=8, help="responses to a prompt")
     add("--temperature", type=float, default=0.7, help="of sampling, and of log-probs of samples")
@@ -127,7 +126,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--eval_every", type=int, default=100, help="updates between evaluations, 0 = none (*)")
     add("--save_every", type=int, default=100, help="updates between checkpoints, 0 = none (*)")
     add("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--seed", type=int, default=0, help="of the data's order and of humanline sampling")
+    add("--seed", type=int, default=0, help="of the data's order, samples and humanline sampling")
     args = parser.parse_args(argv)
     if args.plain:
         args.humanline, args.sync_every = "off", 0
@@ -866,16 +865,17 @@ def accumulate_gradient(model, batch: list[Row], args: argparse.Namespace) -> di
     lengths = [len(e.ids) - e.prompt_len for row in batch for e in row.examples]
     tokens = sum(lengths)  # every mean is over the whole update, so that the cut changes nothing
     sums = collections.Counter()  # of tensors: a GPU is asked for them once an update
-    done = []  # the examples of each micro-batch
+    forwards = []  # the examples of each, for their padding
     for micro in plan(model, batch, args.micro_tokens):
         examples = [batch[i].examples[0] for i in micro]
-        done.append(examples)
+        forwards.append(examples)
         ref_logp = [batch[i].ref_logp[0] for i in micro]
-        ref_logp = pad_sequence(ref_logp, batch_first=True).to(args.device)  # (B, T)
-        advantage = torch.tensor([batch[i].advantage for i in micro]).to(args.device)  # (B,)
+        ref_logp = pad_sequence(ref_logp, batch_first=True)  # (B, T)
+        advantage = torch.tensor([batch[i].advantage for i in micro])  # (B,)
+        advantage = advantage.to(args.device, non_blocking=True)
         with autocast(args):
             logp, mask = response_logps(model, examples, temperature_of(args))  # (B, T)
-        logratio = logp - ref_logp  # (B, T)
+        logratio = logp - ref_logp.to(args.device, non_blocking=True)  # (B, T)
         # Humanline clipping: one clamp of every token's log-ratio, before the loss sees it.
         perceived, low, high = perceive(logratio, mask, args.humanline, args.log_eps_P,
                                         args.log_eps_R, args.gamma_P, args.gamma_R)
@@ -907,7 +907,7 @@ def accumulate_gradient(model, batch: list[Row], args: argparse.Namespace) -> di
         "frac_zero_std": statistics.fmean(all(r.advantage == 0 for r in group) for group in groups),
         "response_length": tokens / len(batch),
         "cut_off": statistics.fmean(length >= limit for length in lengths),
-        "padded": padded_share(model, done),
+        "padded": padded_share(model, forwards),
     }
 
 

@@ -41,7 +41,6 @@ own reference, and little movement of both with k = 1 and a small lr. `--plain` 
 import argparse
 import collections
 import difflib
-import functools
 import hashlib
 import importlib.util
 import itertools
@@ -61,7 +60,6 @@ from typing import NamedTuple
 
 import datasets
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
@@ -106,7 +104,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--undesirable_weight", type=float, default=1.0, help="λ_U")
     add("--allow_one_class", action="store_true", help="train on one class alone")
     add = parser.add_argument_group("sampling; --data then holds prompts").add_argument
-    add("--sample_every", type=int, default=0, help="n: every n updates the policy writes n")
+    add("--sample_every", type=int, default=0, help="n: updates between two samplings; 0 = never")
     add("--reward", help="FILE.py:FUNCTION(prompts, completions, **columns) -> list of numbers")
     add("--group_size", type=int, default=8, help="responses to a prompt")
     add("--temperature", type=float, default=0.7, help="of sampling, and of log-probs of samples")
@@ -125,7 +123,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--eval_every", type=int, default=100, help="updates between evaluations, 0 = none (*)")
     add("--save_every", type=int, default=100, help="updates between checkpoints, 0 = none (*)")
     add("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--seed", type=int, default=0, help="of the data's order and of humanline sampling")
+    add("--seed", type=int, default=0, help="of the data's order, samples and humanline sampling")
     args = parser.parse_args(argv)
     if args.plain:
         args.humanline, args.sync_every = "off", 0
@@ -723,16 +721,16 @@ def accumulate_gradient(model, batch: list[Row], args: argparse.Namespace) -> di
     good = sum(row.desirable for row in labelled)
     tokens = sum(len(e.ids) - e.prompt_len for row in labelled for e in row.examples)
     sums = collections.Counter()  # of tensors: a GPU is asked for them once an update
-    done = []  # the examples of each micro-batch
+    forwards = []  # the examples of each, for their padding
 
     def perceived_rows(micro):
         examples = [batch[i].examples[0] for i in micro]
-        done.append(examples)
+        forwards.append(examples)
         ref_logp = [batch[i].ref_logp[0] for i in micro]
-        ref_logp = pad_sequence(ref_logp, batch_first=True).to(args.device)  # (B, T)
+        ref_logp = pad_sequence(ref_logp, batch_first=True)  # (B, T)
         with autocast(args):
             logp, mask = response_logps(model, examples, temperature_of(args))  # (B, T)
-        logratio = logp - ref_logp  # (B, T)
+        logratio = logp - ref_logp.to(args.device, non_blocking=True)  # (B, T)
         # Humanline clipping: one clamp of every token's log-ratio, before the loss sees it.
         perceived, low, high = perceive(logratio, mask, args.humanline, args.log_eps_P,
                                         args.log_eps_R, args.gamma_P, args.gamma_R)
@@ -747,7 +745,8 @@ def accumulate_gradient(model, batch: list[Row], args: argparse.Namespace) -> di
     for micro in micros:
         if batch[micro[0]].desirable is None:
             continue
-        desirable = torch.tensor([batch[i].desirable for i in micro]).to(args.device)  # (B,)
+        desirable = torch.tensor([batch[i].desirable for i in micro])  # (B,)
+        desirable = desirable.to(args.device, non_blocking=True)
         logratio, mask, perceived, low, high = perceived_rows(micro)  # (B, T)
         losses = kto_loss(perceived, mask, desirable, kl, args.beta,
                           args.desirable_weight, args.undesirable_weight)  # (B,)
@@ -769,7 +768,7 @@ def accumulate_gradient(model, batch: list[Row], args: argparse.Namespace) -> di
         metrics["margin"] = metrics["reward_desirable"] - metrics["reward_undesirable"]
     else:  # a mean over no response is no number
         del metrics["reward_undesirable" if good else "reward_desirable"]
-    return {"tokens": read, **metrics, "padded": padded_share(model, done)}
+    return {"tokens": read, **metrics, "padded": padded_share(model, forwards)}
 
 
 def wins(margin: Tensor) -> Tensor:

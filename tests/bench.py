@@ -1,6 +1,6 @@
 """Tokens per second, memory and share of the hardware's floor, against TRL and the usual way.
 
-    ./run.sh bench                       all of it, on a CPU under 15 minutes; on CUDA with --device cuda
+    ./run.sh bench                       all of it, on 2 CPU cores about 15 minutes; on CUDA with --device cuda
     .venv/bin/python tests/bench.py --only dpo
 
 Each measurement is a process of its own and the sides take turns; medians are printed. On a CPU: a Llama
@@ -11,8 +11,9 @@ prompts and responses, without padding, each trained response counted once with 
 update is a warm-up. Memory: the process's peak RSS on a CPU, max_memory_allocated on CUDA.
 
 Peers: TRL's DPOTrainer, with and without sync_ref_model; KTOTrainer; GRPOTrainer, whose rollout_func
-returns the fixed completions, so that nothing is generated; and the usual way, below: a second model,
-one forward of the whole batch padded to its longest row, float32 logits of all positions.
+returns the fixed completions, so that nothing is generated; and for DPO the usual way, below: a second
+model, one forward of the whole batch padded to its longest row, float32 logits of all positions.
+The branch for CUDA has never been run.
 """
 
 import argparse
@@ -40,6 +41,7 @@ from tqdm import tqdm  # noqa: E402
 
 KINDS = {"dpo": "pairs", "kto": "labels", "grpo": "groups"}
 BATCH = {"dpo": 16, "kto": 16, "grpo": 32}  # 32 sequences each, with KTO's mismatched pairs
+OURS = {"cpu": {"micro_tokens": 2048}}  # the flag for memory, as a CPU's user would set it
 UPDATES = 4  # the first warms up, the last scores nothing for a next: two are timed
 SIZES = {  # of Qwen2.5: hidden, intermediate, layers, heads, key-value heads, tied
     "0.5B": (896, 4864, 24, 14, 2, True),
@@ -106,6 +108,11 @@ def write(name: str, rows: list[dict]) -> Path:
     return WORK / name
 
 
+def groups_in(method: str) -> int:
+    """Rows of the data file that fill a batch."""
+    return BATCH[method] // (8 if method == "grpo" else 1)
+
+
 def rows_for(method: str, repeat: int) -> list[dict]:
     """As many rows as UPDATES need, others for each repetition; the same for both sides."""
     rows = read(data_of(method))
@@ -113,7 +120,7 @@ def rows_for(method: str, repeat: int) -> list[dict]:
         rows = [dict(row, completions=row["completions"] + other["completions"],
                      rewards=[*row["rewards"], 0.0, 0.0, 0.0, 0.0])
                 for row, other in zip(rows, rows[1:] + rows[:1])]
-    return random.Random(repeat).sample(rows, UPDATES * BATCH[method] // (8 if method == "grpo" else 1))
+    return random.Random(repeat).sample(rows, UPDATES * groups_in(method))
 
 
 def synthetic(method: str, count: int, tokens: int, seed: int = 0) -> list[dict]:
@@ -175,12 +182,12 @@ def measure_ours(spec: dict) -> dict:
              "sync_every": 1, "output_dir": WORK / "ours", "device": spec["device"], "warmup": 1}
     flags |= spec.get("flags", {})
     argv = [str(x) for name, value in flags.items() for x in (f"--{name}", value)] + ["--overwrite"]
-    rates, batches, taken = [matrix_rate(spec["device"])], [], script.accumulate_gradient
+    rates, batches, accumulate_gradient = [matrix_rate(spec["device"])], [], script.accumulate_gradient
     start = peak_memory(spec["device"])
 
-    def remember(model, batch, args):
+    def remember(model, batch, args):  # what the floor is of
         batches.append(batch)
-        return taken(model, batch, args)
+        return accumulate_gradient(model, batch, args)
 
     script.accumulate_gradient = remember
     args = script.parse_args(argv)
@@ -193,7 +200,7 @@ def measure_ours(spec: dict) -> dict:
         first, last, timed = {"tokens": 0, "seconds": 0.0}, updates[-1], batches
     tokens, seconds = last["tokens"] - first["tokens"], last["seconds"] - first["seconds"]
     rates.append(matrix_rate(spec["device"]))
-    config = importlib.import_module("transformers").AutoConfig.from_pretrained(spec["model"])
+    config = script.AutoConfig.from_pretrained(spec["model"])
     bandwidth = memory_rate(spec["device"])
     floors = [floor(batch, config, statistics.fmean(rates), bandwidth) for batch in timed]
     return {"tokens_per_second": tokens / seconds, "seconds": seconds / len(timed), "memory": memory,
@@ -266,7 +273,7 @@ def measure_trl(spec: dict) -> dict:
     def message(role, text):
         return [{"role": role, "content": text}]
 
-    groups = BATCH[method] // (8 if method == "grpo" else 1)
+    groups = groups_in(method)
     steps = 3 if method == "dpo" else 2  # the first warms up; DPO: the second without a sync, the third with one
     rows = rows[: groups * steps]
     every = dict(output_dir=str(WORK / "trl"), max_steps=steps, report_to=[], save_strategy="no",
@@ -339,9 +346,10 @@ def measure_usual(spec: dict) -> dict:
     from torch.nn.utils.rnn import pad_sequence
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    method, device = spec["method"], spec["device"]
-    script = importlib.import_module(f"humanline_{method}")
-    argv = ["--model", spec["model"], "--data", spec["data"], "--batch_size", BATCH[method], "--eval_size", 0]
+    import humanline_dpo as script
+
+    device = spec["device"]
+    argv = ["--model", spec["model"], "--data", spec["data"], "--batch_size", BATCH["dpo"], "--eval_size", 0]
     args = script.parse_args([str(x) for x in argv])
     tokenizer = AutoTokenizer.from_pretrained(spec["model"])
     with contextlib.redirect_stdout(sys.stderr):
@@ -360,17 +368,14 @@ def measure_usual(spec: dict) -> dict:
         logp = logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
         return logp, mask[:, 1:].to(device)
 
-    def perceived(examples):
-        logp, mask = logps(policy, examples)
-        with torch.no_grad():
-            ref_logp, _ = logps(reference, examples)
-        return logp - ref_logp, mask
-
     took = []
     for batch in batches:  # the first warms up
         started = time.perf_counter()
-        logratio, mask = perceived([row.examples[side] for side in (0, 1) for row in batch])
-        z = torch.where(mask, logratio, 0.0).clamp(-1.5, 1.5)
+        examples = [row.examples[side] for side in (0, 1) for row in batch]
+        logp, mask = logps(policy, examples)
+        with torch.no_grad():
+            ref_logp, _ = logps(reference, examples)
+        z = torch.where(mask, logp - ref_logp, 0.0).clamp(-1.5, 1.5)
         loss = script.dpo_loss(z, mask, args.beta).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
@@ -404,8 +409,9 @@ def compare(method: str, shape: str, vocabulary: int, device: str, repeats: int,
     sides = ("ours", "trl", "usual") if method == "dpo" else ("ours", "trl")  # the usual way is the same for all
     model, found = make_model(shape, vocabulary), {side: [] for side in sides}
     for repeat in tqdm(range(repeats), f"{method} {shape} {tokens or ''}", leave=False):
-        groups = 8 if method == "grpo" else 1
-        rows = synthetic(method, UPDATES * BATCH[method] // groups, tokens // 2) if tokens else rows_for(method, repeat)
+        rows = rows_for(method, repeat)
+        if tokens:
+            rows = synthetic(method, UPDATES * groups_in(method), tokens // 2)
         data = write(f"{method}.jsonl", rows)
         for side in found:
             found[side].append(measure(side, method=method, model=model, data=data, device=device,
@@ -419,9 +425,6 @@ def compare(method: str, shape: str, vocabulary: int, device: str, repeats: int,
         without = table["trl"]["tokens_per_second_without_sync"]
         table["speed over trl without sync"] = table["ours"]["tokens_per_second"] / without
     return table
-
-
-OURS = {"cpu": {"micro_tokens": 2048}}  # what a CPU's caches like; memory, too
 
 
 def show(name: str, table: dict) -> None:

@@ -10,8 +10,9 @@ A seed changes everything: initial policy, data, order, sampling. Every cell has
 β (DPO, KTO), k and gradient-norm bound, chosen by --grid on seeds that are not reported; the choice is
 in tests/results/grid.json. Finished runs are lines of runs/reproduce/runs.jsonl: a broken reproduction
 goes on where it stopped. Tables go to tests/results/*.json and figures to tests/figures (--quick: to
-runs/quick, with one seed). A run that stops since all samples of a prompt are alike (it has converged, to the
-best or the worst) is graded at its last checkpoint, of every 30 updates. Intervals are 95% percentile bootstraps over seeds, differences are paired.
+runs/quick, with one seed). A run that stops since all samples of a prompt are alike (it has converged, to
+the best or the worst) is graded at its last checkpoint, of every 30 updates. Intervals are 95% percentile
+bootstraps over seeds, differences are paired.
 """
 
 import argparse
@@ -225,7 +226,7 @@ def do(runs: list[Run], jobs: int) -> dict[str, dict]:
                         with open(store, "a") as file:
                             file.write(json.dumps(result) + "\n")
                         results[json.dumps(result["run"])] = result
-        finally:  # after an error the others are not waited for
+        finally:  # after an error nothing more is begun
             pool.shutdown(cancel_futures=True)
     return results
 
@@ -338,13 +339,11 @@ def data_quality(seeds) -> dict[str, list[Run]]:
     return rows | {"all": over_seeds(seeds, *cell)}
 
 
+CLAIMS = [("online plain", "offline plain"), ("offline humanline", "offline plain"),
+          ("offline humanline", "online plain"), ("online humanline", "online plain")]
 EXPERIMENTS = {  # name: (rows, pairs whose difference is of interest, what is measured)
-    "main": (main_table, [(f"{m} {a}", f"{m} {b}") for m in METHODS for a, b in (
-        ("online plain", "offline plain"), ("offline humanline", "offline plain"),
-        ("offline humanline", "online plain"), ("online humanline", "online plain"))], "win rate"),
-    "verifiable": (verifiable, [(f"grpo {a}", f"grpo {b}") for a, b in (
-        ("online plain", "offline plain"), ("offline humanline", "offline plain"),
-        ("offline humanline", "online plain"), ("online humanline", "online plain"))], "greedy accuracy"),
+    "main": (main_table, [(f"{m} {a}", f"{m} {b}") for m in METHODS for a, b in CLAIMS], "win rate"),
+    "verifiable": (verifiable, [(f"grpo {a}", f"grpo {b}") for a, b in CLAIMS], "greedy accuracy"),
     "every_64": (every_64, [("every 64 plain", "online plain"), ("every 64 humanline", "every 64 plain"),
                             ("every 64 humanline", "online plain")], "greedy accuracy"),
     "k_sweep": (k_sweep, [("k = 16", "k = 1"), ("k = 16", "k = 64")], "greedy accuracy"),

@@ -9,7 +9,7 @@ from conftest import ROOT, SCRIPTS
 # what makes each method itself; everything else must be equal
 OWN = {"parse_args", "FLAG_CHECKS", "Row", "encode_row", "load_data", "epoch_batches", "mismatched", "dpo_loss",
        "kto_loss", "grpo_loss", "GROUP_COLUMNS", "load_groups", "groups_of", "group_advantages", "cut_batches", "math_reward", "NUMBER", "marked_answer", "final_answer", "gold_answer", "as_number",
-       "same_answer", "model_reward", "load_reward_model", "import re", "from fractions import Fraction",
+       "same_answer", "model_reward", "load_reward_model", "import re", "import functools", "import torch.nn.functional as F", "from fractions import Fraction",
        "from transformers import AutoModelForSequenceClassification", "math_reward.usable", "groups_needed", "rows_of_group", "plan", "accumulate_gradient", "evaluate", "SHOWN"}  # fmt: skip
 
 
