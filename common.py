@@ -1,11 +1,10 @@
-"""Tokenization and log-probabilities: the two things that the three scripts import.
+"""Tokenization and log-probabilities: all that the three scripts import.
 
-Shapes: B responses, T tokens of the longest, N tokens of all responses, L length of a padded row (a
-prompt and one response, or several), H the hidden size, V the vocabulary. Log-probabilities are in
-nats.
+Shapes: B responses, T tokens of the longest, N tokens of all of them, L tokens of a padded row (a
+prompt and one response, or several), H hidden size, V vocabulary. Log-probabilities are in nats.
 """
 
-import collections
+import contextlib
 import functools
 import itertools
 from typing import NamedTuple
@@ -13,17 +12,28 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+from transformers import GenerationConfig
 
-# Bytes of float32 logits that exist at once. On a CPU a chunk should fit the cache, on a GPU it
-# should fill the multiprocessors; the result does not depend on it.
+# Bytes of float32 logits that exist at once: on a CPU they should fit the cache, on a GPU fill it;
+# and tokens of padding that are cheaper than one more micro-batch. CUDA's numbers are guesses.
 CHUNK_BYTES = {"cpu": 2**25, "cuda": 2**28}
-# Tokens of padding that are cheaper than the start of one more micro-batch. Both of CUDA's numbers
-# are guesses, not measured.
 MAX_PADDING = {"cpu": 64, "cuda": 512}
+ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 class BadInput(ValueError):
-    """An input that cannot be used: one line that says where, what, and how to mend it."""
+    """An input that cannot be used: one line that says where, what, and what to do about it."""
+
+
+@contextlib.contextmanager
+def errors_in(where: str):
+    """Whatever is raised inside becomes one line, BadInput, that says where."""
+    try:
+        yield
+    except Exception as error:
+        words = str(error.__cause__ or error) or repr(error)
+        raise BadInput(f"{where}: {' '.join(words.split())}") from error
 
 
 class Example(NamedTuple):
@@ -33,242 +43,229 @@ class Example(NamedTuple):
     prompt_len: int
 
 
-# -------------------------------------------------------------------------------------------------
-# Tokenization: a response is the tokens that generation would have produced after the prompt
-# -------------------------------------------------------------------------------------------------
+# --- Tokenization: a response is what generation would have produced after the prompt ------------
+
+
+def as_messages(value: str | list[dict], role: str, name: str) -> list[dict]:
+    """A text or messages as messages of role and content. Raises BadInput for anything else."""
+    if value is None:
+        raise BadInput(f"{name} is null or missing; give it a text or drop the row")
+    messages = value if isinstance(value, list) else [{"role": role, "content": value}]
+    for m in messages:
+        if not isinstance(m, dict) or m.get("role") not in ROLES or type(m.get("content")) != str:
+            raise BadInput(f"{name} is neither a text nor messages of a role ({', '.join(ROLES)}) "
+                           f"and a content that is a text: {m!r:.60}")
+        if m["content"] != m["content"].encode(errors="ignore").decode():
+            raise BadInput(f"{name} has a lone surrogate, no character; write the file as UTF-8")
+    if not messages or not messages[-1]["content"].strip():
+        raise BadInput(f"{name} is empty; give it a text or drop the row")
+    return [{"role": m["role"], "content": m["content"]} for m in messages]
+
+
+def prompt_in(row: dict) -> str | list[dict] | None:
+    """A data row's prompt: what stands before the last message of a dialogue, else a column."""
+    if isinstance(row.get("chosen"), list) and len(row["chosen"]) > 1:
+        return row["chosen"][:-1]
+    return next((row[name] for name in ("prompt", "question", "problem") if row.get(name)), None)
 
 
 def render(tokenizer, messages: list[dict], **options) -> str:
-    """The chat template's text. Raises BadInput where there is none or it refuses the messages."""
-    if not tokenizer.chat_template:
-        raise BadInput("messages, but the tokenizer has no chat template; use strings")
-    try:
+    with errors_in("the chat template does not take these messages"):
         return tokenizer.apply_chat_template(messages, tokenize=False, **options)
-    except Exception as error:  # a template is its author's program and may raise anything
-        raise BadInput(f"the chat template refuses these messages: {error}") from error
 
 
-def tokenize(tokenizer, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False)["input_ids"]  # templates own the specials
-
-
-def prompt_text(tokenizer, prompt: str | list[dict], raw: bool = False) -> tuple:
-    """A prompt as text, and as messages where the chat template is used: not for raw strings."""
-    if isinstance(prompt, str) and (raw or not tokenizer.chat_template):
-        adds_bos = tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
-        twice = adds_bos and prompt.startswith(tokenizer.bos_token)
-        return (tokenizer.bos_token if adds_bos and not twice else "") + prompt, None
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    end_of_turn(tokenizer)  # refuses a template that would leave out strings
-    return render(tokenizer, messages, add_generation_prompt=True), messages
-
-
-def encode_prompt(tokenizer, prompt: str | list[dict], raw: bool = False) -> list[int]:
-    """Token ids of a prompt, ready for generation.
-
-    prompt: a string (a user message where there is a chat template, unless raw) or messages.
-    Raises BadInput for messages without a template or that the template refuses.
-    """
-    return tokenize(tokenizer, prompt_text(tokenizer, prompt, raw)[0])
+def tokenize(tokenizer, text: str, raw=False) -> list[int]:
+    """Templates write their special tokens themselves; raw text gets the tokenizer's BOS, once."""
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    wanted = raw and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id != ids[0]
+    return [tokenizer.bos_token_id, *ids] if wanted else ids
 
 
 @functools.lru_cache(maxsize=8)
-def _end_of_turn(tokenizer, template: str) -> tuple[str, list[int]]:
-    answer = "An answer."
-    user, assistant = {"role": "user", "content": "Q?"}, {"role": "assistant", "content": answer}
-    text = render(tokenizer, [user, assistant])
+def end_of_turn(tokenizer, template: str) -> tuple[str, list[int]]:
+    """What the chat template puts after an answer: the text, and the tokens that end a response:
+    the leading run of special tokens (two in Cohere 2), else the tokenizer's EOS."""
+    if not template:
+        return "", [tokenizer.eos_token_id]
+    user, answer = {"role": "user", "content": "Q?"}, "An answer."
+    text = render(tokenizer, [user, {"role": "assistant", "content": answer}])
     if answer not in text:
-        raise BadInput("the chat template leaves out text that is a string; use a text template")
+        raise BadInput("the chat template leaves out a string's text; use a text template")
     tail = text.rpartition(answer)[2]
-    end, special = [], set(tokenizer.all_special_ids)
-    special |= {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    for token in tokenize(tokenizer, tail):
-        if token not in special:  # Qwen and Gemma put "\n" here, which sampling never produces
-            break
-        end.append(token)
-    return tail, end
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    # Qwen and Gemma put "\n" after the special token, which sampling never produces.
+    end = itertools.takewhile(special.__contains__, tokenize(tokenizer, tail))
+    return tail, list(end) or [tokenizer.eos_token_id]
 
 
-def end_of_turn(tokenizer, raw: bool = False) -> tuple[str, list[int]]:
-    """What the chat template puts after an answer: the text, and the tokens that end a response.
+def encode_prompt(tokenizer, prompt: str | list[dict], raw=False, system=None) -> tuple:
+    """A prompt, ready for generation: token ids, text, messages (None: without the chat template).
 
-    The tokens are the leading run of special tokens (two in Cohere 2), else the tokenizer's EOS.
+    prompt: messages, or a string, which is a user message where there is a template, unless raw.
+    system: a system message to put before. Raises BadInput for an empty prompt, what is no text or
+    message, messages without a template, and what the template refuses.
     """
-    tail, end = "", []
-    if tokenizer.chat_template and not raw:
-        tail, end = _end_of_turn(tokenizer, str(tokenizer.chat_template))
-    if not end and tokenizer.eos_token_id is None:
-        raise BadInput("the tokenizer has no EOS token, so no response ends; set its eos_token")
-    return tail, end or [tokenizer.eos_token_id]
+    messages = as_messages(prompt, "user", "the prompt")
+    if messages[-1]["role"] == "assistant":
+        raise BadInput("the prompt ends with an assistant message; drop that")
+    if system:
+        messages.insert(0, {"role": "system", "content": system})
+    elif isinstance(prompt, str) and (raw or not tokenizer.chat_template):
+        return tokenize(tokenizer, prompt, raw=True), prompt, None
+    text = render(tokenizer, messages, add_generation_prompt=True)
+    return tokenize(tokenizer, text), text, messages
 
 
-def encode(
-    tokenizer, prompt: str | list[dict], response: str | list[dict],
-    max_length: int, raw: bool = False,
-) -> Example | None:
+def encode(tokenizer, prompt: str | list[dict] | None, response: str | list[dict], max_length: int,
+           raw=False, system=None, name="the response") -> Example | None:
     """Token ids of a prompt and a response, at most max_length; None if the prompt leaves no room.
 
-    response: a string or a list of one assistant message. It becomes what the template puts after
-    the prompt up to its end of turn; where the whole does not start with the prompt's rendering
-    (reasoning templates), the tokens of the text, then the end of turn. Cut at max_length it has no
-    end.
+    response: a string, an assistant message in a list, or a whole dialogue that brings its prompt.
+    It becomes what the template puts after the prompt up to its end of turn; where the whole does
+    not start with the prompt's rendering (reasoning templates), its text and the end of turn. Cut
+    at max_length it has no end. Raises BadInput as encode_prompt does, about what `name` names.
     """
-    text = response if isinstance(response, str) else response[0]["content"]
-    before, messages = prompt_text(tokenizer, prompt, raw)
-    tail, end = end_of_turn(tokenizer, raw=messages is None)
-    if messages is not None:
-        whole = render(tokenizer, messages + [{"role": "assistant", "content": text}])
+    *dialogue, answer = as_messages(response, "assistant", name)
+    if answer["role"] != "assistant":
+        raise BadInput(f"{name} ends with no assistant message; drop what follows it")
+    prompt_ids, before, messages = encode_prompt(tokenizer, dialogue or prompt, raw, system)
+    text, raw = answer["content"], messages is None
+    tail, end = end_of_turn(tokenizer, "" if raw else str(tokenizer.chat_template))
+    if not raw:
+        whole = render(tokenizer, [*messages, answer])
         if whole.startswith(before) and whole.endswith(tail):
             text = whole[len(before) : len(whole) - len(tail)]
-    prompt_ids, ids = tokenize(tokenizer, before), tokenize(tokenizer, before + text)
+    ids = tokenize(tokenizer, before + text, raw)
     if ids[: len(prompt_ids)] == prompt_ids:
         ids = ids[len(prompt_ids) :]
     else:  # a token straddles the boundary; generation starts after the prompt's own tokens
         ids = tokenize(tokenizer, text)
     stops = {tokenizer.eos_token_id, *end}
-    ids = ids[: next((i for i, token in enumerate(ids) if token in stops), len(ids))] + end
-    if not 0 < len(prompt_ids) < max_length:
-        return None
-    return Example((prompt_ids + ids)[:max_length], len(prompt_ids))
+    ids = [*itertools.takewhile(lambda token: token not in stops, ids), *end]
+    example = Example((prompt_ids + ids)[:max_length], len(prompt_ids))
+    return example if len(prompt_ids) < max_length else None
 
 
-# -------------------------------------------------------------------------------------------------
-# Log-probabilities of response tokens, without ever holding tokens × vocabulary
-# -------------------------------------------------------------------------------------------------
+@torch.no_grad()
+def sample_responses(model, tokenizer, prompts: list[list[int]], max_new_tokens: int,
+                     temperature: float, batch_size: int, raw=False) -> tuple[list, list[str]]:
+    """One response a prompt (token ids) from π_θ at a temperature (0: greedy): as Examples, with an
+    end of turn unless cut off, and as texts. torch's global generator draws."""
+    eos = model.generation_config.eos_token_id  # none, one or several
+    _, end = end_of_turn(tokenizer, "" if raw else str(tokenizer.chat_template or ""))
+    stops = {tokenizer.eos_token_id, end[-1], *(eos if isinstance(eos, list) else [eos])} - {None}
+    draws = dict(do_sample=True, temperature=temperature, top_p=1.0, top_k=0) if temperature else {}
+    config = GenerationConfig(max_new_tokens=max_new_tokens, repetition_penalty=1.0, **draws,
+                              eos_token_id=sorted(stops), pad_token_id=tokenizer.pad_token_id)
+    kept, training, examples = model.generation_config, model.training, []
+    model.generation_config = config  # generate fills what is unset from there: not from π_θ
+    model.eval()  # activation checkpointing, which works in training, turns the KV cache off
+    for start in tqdm(range(0, len(prompts), batch_size), "sampling", leave=False, delay=2):
+        part = prompts[start : start + batch_size]  # padded on the left: all end alike
+        inputs = tokenizer.pad({"input_ids": part}, padding_side="left", return_tensors="pt")
+        out = model.generate(**inputs.to(model.device), generation_config=config)
+        for prompt, ids in zip(part, out[:, inputs["input_ids"].shape[1] :].tolist()):
+            end = next((t + 1 for t, token in enumerate(ids) if token in stops), len(ids))
+            examples.append(Example(prompt + ids[:end], len(prompt)))
+    model.generation_config = kept
+    model.train(training)
+    responses = [e.ids[e.prompt_len :] for e in examples]
+    return examples, tokenizer.batch_decode(responses, skip_special_tokens=True)
 
 
-class _TokenLogps(torch.autograd.Function):
-    """log softmax(head(hidden))[target] in chunks of rows, all in one buffer; backward makes a
-    chunk's logits again and, with the kept log-sum-exp, their softmax. Matrix products run in the
-    compute dtype (bf16 under autocast), the log-softmax and its gradient in float32."""
+# --- Log-probabilities of response tokens, without ever holding tokens × vocabulary ---------------
+
+
+class TokenLogps(torch.autograd.Function):
+    """log softmax(head(hidden))[target] in chunks of rows; backward makes a chunk's logits again
+    and, with the kept log-sum-exp, their softmax. Matrix products run in the compute dtype (bf16
+    under autocast), the log-softmax and its gradient in float32."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, target, scale, cap, temperature):
-        kind = hidden.device.type
+    def forward(ctx, hidden, weight, target, cap):
+        kind, ctx.cap, logp, lse = hidden.device.type, cap, [], []
         autocast = torch.is_autocast_enabled(kind)
         ctx.dtype = torch.get_autocast_dtype(kind) if autocast else weight.dtype
-        ctx.constants = scale, cap, temperature
-        ctx.rows = max(1, CHUNK_BYTES.get(kind, 2**26) // (4 * weight.shape[0]))
-        w, b = weight.to(ctx.dtype), None if bias is None else bias.to(ctx.dtype)
-        buffer = w.new_empty(min(ctx.rows, len(target)), len(w))  # fresh memory is slow on a CPU
-        logp, lse = [], []
+        ctx.rows = max(1, CHUNK_BYTES[kind] // (4 * len(weight)))
+        w = weight.to(ctx.dtype)
         for h, y in zip(hidden.split(ctx.rows), target.split(ctx.rows)):
-            logits = _logits(h.to(ctx.dtype), w, b, scale, cap, temperature, buffer)  # (rows, V)
+            logits = head_logits(h.to(ctx.dtype), w, cap)  # (rows, V)
             chosen, top = logits.gather(-1, y[:, None]), logits.amax(-1, keepdim=True)  # (rows, 1)
             lse.append(logits.sub_(top).exp_().sum(-1, keepdim=True).log_().add_(top))
             logp.append(chosen - lse[-1])
-        ctx.save_for_backward(hidden, weight, bias, target, torch.cat(lse))
+        ctx.save_for_backward(hidden, weight, target, torch.cat(lse))
         return torch.cat(logp).squeeze(-1)  # (N,) float32
 
     @staticmethod
     def backward(ctx, grad):
-        hidden, weight, bias, target, lse = ctx.saved_tensors
-        scale, cap, temperature = ctx.constants
-        w, b = weight.to(ctx.dtype), None if bias is None else bias.to(ctx.dtype)
-        buffer = w.new_empty(min(ctx.rows, len(target)), len(w))
-        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
-        grad_bias = None if bias is None else torch.zeros_like(bias)
+        hidden, weight, target, lse = ctx.saved_tensors
+        w, grad_hidden = weight.to(ctx.dtype), torch.empty_like(hidden)
+        grad_weight = torch.zeros_like(weight)
         for i in range(0, len(target), ctx.rows):
             part = slice(i, i + ctx.rows)
-            h = hidden[part].to(ctx.dtype)
-            logits = _logits(h, w, b, scale, cap, temperature, buffer)  # (rows, V)
-            slope = 1 - (logits * (temperature / cap)) ** 2 if cap else None  # of the soft cap
-            # d logp / d logits = onehot(target) − softmax(logits). d is its negative; the sign and
-            # all factors of a row are in g, so that they cost H and not V multiplications a row.
-            g = grad[part, None] * (-scale / temperature)  # (rows, 1)
+            h, g = hidden[part].to(ctx.dtype), -grad[part, None]  # (rows, H), (rows, 1)
+            logits = head_logits(h, w, ctx.cap)  # (rows, V)
+            slope = 1 - (logits / ctx.cap) ** 2 if ctx.cap else None
+            # d logp / d logits = onehot(target) − softmax(logits). d is its negative, and the factor
+            # of a row is applied where that costs H and not V multiplications.
             d = logits.sub_(lse[part]).exp_()
             d.scatter_add_(-1, target[part, None], torch.full_like(g, -1.0))
-            d = (d.mul_(slope) if cap else d).to(ctx.dtype)
+            d = (d.mul_(slope) if ctx.cap else d).to(ctx.dtype)
             grad_hidden[part] = (d @ w) * g
             h = (h * g).to(ctx.dtype)
-            if d.dtype == grad_weight.dtype:
-                grad_weight.addmm_(d.T, h)
-            else:
-                grad_weight += d.T @ h
-            if bias is not None:
-                grad_bias += (d.T @ g.to(ctx.dtype)).squeeze(-1)
-        return grad_hidden, grad_weight, grad_bias, None, None, None, None
+            grad_weight += d.T @ h
+        return grad_hidden, grad_weight, None, None
 
 
-def _logits(hidden, weight, bias, scale, cap, temperature, buffer):
-    """(N, H) -> (N, V) float32: the head, then Cohere's and Granite's scale, Gemma's soft cap."""
-    logits = torch.mm(hidden, weight.T, out=buffer[: len(hidden)])
-    logits = (logits if bias is None else logits.add_(bias)).float()
-    if scale != 1:
-        logits *= scale
-    if cap:
-        logits = logits.div_(cap).tanh_().mul_(cap)
-    return logits.div_(temperature) if temperature != 1 else logits
+def head_logits(hidden, weight, cap):
+    """(N, H) -> (N, V) float32, with Gemma's soft cap."""
+    if hidden.is_cuda and hidden.dtype != torch.float32:  # not rounded to bf16 on the way
+        logits = torch.mm(hidden, weight.T, out_dtype=torch.float32)
+    else:
+        logits = torch.mm(hidden, weight.T).float()
+    return logits.div_(cap).tanh_().mul_(cap) if cap else logits
 
 
 def layout(model, examples: list[Example]) -> tuple[list[list[int]], list[int]]:
     """The examples (indices) of each row [prompt | response | …], and the rows' lengths in tokens.
-
-    Examples of one prompt share rows, even ones of about model.row_tokens at most, where
-    check_sharing has found that the model keeps them apart; else each has its own.
-    """
-    prompts, rows = collections.defaultdict(list), collections.defaultdict(list)
-    for i, e in enumerate(examples):
-        prompts[tuple(e.ids[: e.prompt_len])].append(i)
-    for prompt, members in prompts.items():
-        sizes = [len(examples[i].ids) - len(prompt) for i in members]
-        total, room = sum(sizes), getattr(model, "row_tokens", 0) - len(prompt)
-        count = -(-total // room) if room > max(sizes) else total  # as many as tokens: each alone
-        for i, size, end in zip(members, sizes, itertools.accumulate(sizes)):
-            middle = end - size / 2  # of the response; it goes to the even part where that lies
-            rows[prompt, int(middle * count / total)].append(i)
-    lengths = [len(prompt) + sum(len(examples[i].ids) - len(prompt) for i in members)
-               for (prompt, _), members in rows.items()]
-    return list(rows.values()), lengths
+    Neighbours with the same prompt share rows of at most model.row_tokens (see check_model)."""
+    rows, lengths, prompt = [], [], None
+    for i, (ids, cut) in enumerate(examples):
+        if ids[:cut] == prompt and lengths[-1] + len(ids) - cut <= model.row_tokens:
+            rows[-1].append(i)
+            lengths[-1] += len(ids) - cut
+        else:
+            rows.append([i])
+            lengths.append(len(ids))
+            prompt = ids[:cut]
+    return rows, lengths
 
 
 def micro_batches(model, units: list[list[Example]], micro_tokens: int) -> list[list[int]]:
-    """Cut units, longest first, into micro-batches of at most micro_tokens padded tokens (indices).
+    """Cut units (indices), longest first, into micro-batches of at most micro_tokens padded tokens.
+    The examples of a unit stay together; so do neighbours that share a row. What is larger runs
+    alone. A micro-batch also ends where padding would cost more than a new one."""
+    def lengths_of(members):
+        return layout(model, [example for i in sorted(members) for example in units[i]])[1]
 
-    The examples of a unit stay together, units that share a row too where they fit; what is larger
-    runs alone. A micro-batch also ends where its padding would cost more than a new one.
-    """
-    # Units with a row in common make a block: apart, they would run its prompt twice.
-    unit_of = [u for u, unit in enumerate(units) for _ in unit]
-    blocks, block_of = [], {}
-    for row in layout(model, [e for unit in units for e in unit])[0]:
-        members = dict.fromkeys(unit_of[i] for i in row)
-        block = next((block_of[u] for u in members if u in block_of), None)
-        if block is None:
-            block = []
-            blocks.append(block)
-        block += [u for u in members if u not in block_of]
-        block_of |= {u: block for u in members if u not in block_of}
-
-    def with_lengths(block):
-        return block, layout(model, [e for u in block for e in units[u]])[1]
-
-    sized = []
-    for block, lengths in map(with_lengths, blocks):
-        fits = len(lengths) * max(lengths) <= micro_tokens
-        sized += [(block, lengths)] if fits else [with_lengths([u]) for u in block]
-    micros, width, room, padding = [], 0, 0, 0
-    for block, lengths in sorted(sized, key=lambda x: -max(x[1])):
-        padding += len(lengths) * width - sum(lengths)
-        full = len(lengths) * width > room or padding > MAX_PADDING[model.device.type]
-        if not micros or full:
+    blocks, micros = [], [[]]  # blocks: the units of one row, or one unit
+    for i in range(len(units)):
+        lengths = lengths_of([*blocks[-1], i]) if blocks else []
+        if len(lengths) == 1 and lengths[0] <= micro_tokens:
+            blocks[-1].append(i)
+        else:
+            blocks.append([i])
+    for block in sorted(blocks, key=lambda block: -max(lengths_of(block))):
+        lengths = lengths_of(micros[-1] + block)
+        padded = len(lengths) * max(lengths)
+        full = padded > micro_tokens or padded - sum(lengths) > MAX_PADDING[model.device.type]
+        if full and micros[-1]:
             micros.append([])
-            width, room = max(lengths), micro_tokens
-            padding = len(lengths) * width - sum(lengths)
         micros[-1] += block
-        room -= len(lengths) * width
-    return micros
+    return [sorted(micro) for micro in micros if micro]  # neighbours again
 
 
-def padded_share(model, micros: list[list[Example]]) -> float:
-    """Share of padding among the tokens that the micro-batches' forwards take."""
-    lengths = [layout(model, examples)[1] for examples in micros]
-    return 1 - sum(map(sum, lengths)) / sum(len(rows) * max(rows) for rows in lengths)
-
-
-def response_logps(
-    model, examples: list[Example], temperature: float = 1.0
-) -> tuple[Tensor, Tensor]:
+def response_logps(model, examples: list[Example], temperature=1.0) -> tuple[Tensor, Tensor]:
     """Log-probability of every response token, in nats.
 
     Returns logp (B, T) float32, 0 on padding, and mask (B, T) bool, true on response tokens (from
@@ -276,88 +273,70 @@ def response_logps(
     Rows are padded on the right. A causal model never looks there, so no attention mask is needed
     but where responses share a row: there they see the prompt and themselves, not one another.
     """
-    config, device = model.config.get_text_config(), model.device
-    head = model.get_output_embeddings()
     # A row of prompt x and responses a, b:   ids  x x x | a a | b b b   (without their last tokens)
     #                                    position  0 1 2 | 3 4 | 3 4 5
     #                                       owner  0 0 0 | 1 1 | 2 2 2
-    rows, packed = layout(model, examples)[0], []
-    row_of, start = torch.zeros(2, len(examples), dtype=torch.long)  # (B,): where a response is
+    rows, packed, before, device = layout(model, examples)[0], [], {}, model.device
     for r, members in enumerate(rows):
-        prompt = examples[members[0]].ids[: examples[members[0]].prompt_len]
-        ids, position, owner = [*prompt], [*range(len(prompt))], [0] * len(prompt)
-        for number, i in enumerate(members, 1):
-            row_of[i], start[i] = r, len(ids)
-            inputs = examples[i].ids[len(prompt) : -1]  # nothing is predicted from the last token
+        ids, cut = examples[members[0]]
+        ids, position, owner = ids[:cut], [*range(cut)], [0] * cut
+        for i in members:
+            inputs = examples[i].ids[cut:-1]  # nothing is predicted from the last token
+            # The one shift: a token is predicted from the state before it, a response's first
+            # token from the prompt's last one, wherever in the row the response stands.
+            before[i] = [(r, t) for t in (cut - 1, *range(len(ids), len(ids) + len(inputs)))]
             ids += inputs
-            position += range(len(prompt), len(prompt) + len(inputs))
-            owner += [number] * len(inputs)
+            position += range(cut, cut + len(inputs))
+            owner += [i + 1] * len(inputs)
         packed.append(torch.tensor([ids, position, owner]).T)  # (length, 3)
     packed = pad_sequence(packed, batch_first=True).to(device, non_blocking=True)  # (rows, L, 3)
-    ids, position, owner = packed.unbind(-1)  # (rows, L)
-    options = {}
+    (ids, position, owner), options = packed.unbind(-1), {}  # (rows, L)
     if len(rows) < len(examples):
         seen = (owner[:, None] == 0) | (owner[:, None] == owner[:, :, None])  # (rows, L, L)
         options = {"attention_mask": seen.tril()[:, None], "position_ids": position}
     hidden = model.base_model(ids, use_cache=False, **options).last_hidden_state  # (rows, L, H)
 
-    prompt_len = torch.tensor([e.prompt_len for e in examples])  # (B,)
-    lengths = torch.tensor([len(e.ids) for e in examples]) - prompt_len
-    mask = torch.arange(int(lengths.max())) < lengths[:, None]  # (B, T)
-    i, t = mask.nonzero(as_tuple=True)  # (N,): made on the CPU, so that a GPU never waits
+    row, column = torch.tensor([at for i in range(len(examples)) for at in before[i]]).T  # (N,)
     target = torch.tensor([token for e in examples for token in e.ids[e.prompt_len :]])  # (N,)
-    # The one shift: a token is predicted from the state before it, a response's first token from
-    # the prompt's last one, wherever in the row the response stands.
-    before = row_of[i] * ids.shape[1] + torch.where(t == 0, prompt_len[i], start[i] + t) - 1  # (N,)
-    target, before = (x.to(device, non_blocking=True) for x in (target, before))
-    hidden = hidden.flatten(0, 1).index_select(0, before)  # (N, H): no head on prompt tokens
+    state, target = (row * ids.shape[1] + column).to(device), target.to(device)
+    hidden = hidden.flatten(0, 1).index_select(0, state).float()  # (N, H): not of prompt tokens
+    config, head = model.config.get_text_config(), model.get_output_embeddings()
     scale = getattr(config, "logit_scale", None) or 1  # Cohere
-    scale = scale / (getattr(config, "logits_scaling", None) or 1)  # Granite
-    cap = getattr(config, "final_logit_softcapping", None)
-    flat = _TokenLogps.apply(
-        hidden, head.weight, getattr(head, "bias", None), target, scale, cap, temperature
-    )
-    slot = (i * mask.shape[1] + t).to(device, non_blocking=True)
-    logp = flat.new_zeros(mask.numel()).index_copy(0, slot, flat).view(mask.shape)  # (B, T)
+    scale = scale / (getattr(config, "logits_scaling", None) or 1) / temperature  # Granite
+    cap = (getattr(config, "final_logit_softcapping", None) or 0) / temperature
+    flat = TokenLogps.apply(hidden * scale, head.weight, target, cap)  # (N,)
+    lengths = [len(before[i]) for i in range(len(examples))]
+    logp = pad_sequence(flat.split(lengths), batch_first=True)  # (B, T)
+    mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]  # (B, T)
     return logp, mask.to(device, non_blocking=True)
 
 
 @torch.no_grad()
-def check_model(model, example: Example) -> None:
-    """Refuse by name a family whose logits response_logps does not rebuild, on a short example."""
-    cut = max(0, example.prompt_len - 32)
-    example = Example(example.ids[cut : example.prompt_len + 32], example.prompt_len - cut)
-    ids = torch.tensor([example.ids], device=model.device)
-    try:
-        logits = model(ids, use_cache=False).logits[0, example.prompt_len - 1 : -1].float()
-        truth = logits.log_softmax(-1).gather(-1, ids[0, example.prompt_len :, None]).squeeze(-1)
-        error = (response_logps(model, [example])[0][0] - truth).abs().max().item()
-        fault = "" if error < 5e-3 else f"off by {error:.2g} nats"
-    except Exception as error:  # a family of another build may raise anything
-        fault = " ".join(f"{type(error).__name__} {error}".split())
-    if fault:
-        raise BadInput(f"--model: {model.config.model_type} computes its logits in a way that "
-                       f"common.py does not rebuild ({fault}); use another family")
-
-
-@torch.no_grad()
-def check_sharing(model, example: Example) -> None:
-    """Set model.row_tokens, the length up to which examples of one prompt share a row: 2 H, or 0 if
-    the model does not keep them apart on the longest example. Some families take a mask and then
-    forget their window, others have no use for one."""
-    ids, cut = example
-    other = Example(ids[:cut] + ids[cut:][::-1], cut)  # another response to the same prompt
-    pair, model.row_tokens = [other, example], 0
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")  # TF32 would blur the comparison
-    apart, _ = response_logps(model, pair)
-    try:
-        model.row_tokens = 4 * len(ids)  # room for both
-        error = (response_logps(model, pair)[0] - apart).abs().max().item()
-    except Exception:  # a family of another build may raise anything
-        error = 1.0
-    torch.set_float32_matmul_precision(precision)
-    # Under a mask attention is not cut at the diagonal: in a row of 2 H tokens it costs a third of
-    # the products with the weights, in longer ones it would eat what sharing saves.
-    hidden_size = model.config.get_text_config().hidden_size
-    model.row_tokens = 2 * hidden_size if error < 5e-3 else 0
+def check_model(model, tokenizer, max_length: int) -> None:
+    """Refuse a model that these helpers cannot serve. Set model.row_tokens, up to which responses
+    to one prompt share a row: 2 H, or 0 if the model does not keep them apart on the longest row
+    that can occur, of random tokens (some families forget their window where they get a mask)."""
+    config, size = model.config.get_text_config(), len(model.get_input_embeddings().weight)
+    broken = [name for name, weight in model.named_parameters() if not weight.isfinite().all()]
+    if tokenizer.eos_token_id is None:
+        raise BadInput("the tokenizer has no EOS token; set its eos_token")
+    if broken:
+        raise BadInput(f"weights are not finite: {', '.join(broken[:3])}")
+    if len(tokenizer) > size:
+        raise BadInput(f"{len(tokenizer)} tokens in the tokenizer, but {size} embeddings")
+    if max_length > (getattr(config, "max_position_embeddings", None) or max_length):
+        raise BadInput(f"the context has {config.max_position_embeddings} tokens; lower --max_length")
+    prompt, *responses = torch.randint(size, (3, max_length // 2)).tolist()
+    cut, target = len(prompt), responses[0][:32]
+    pair = [Example(prompt + response, cut) for response in responses]
+    model.row_tokens = 0
+    apart, _ = response_logps(model, pair)  # (2, T)
+    logits = model(torch.tensor([prompt + target], device=model.device)).logits[0, cut - 1 : -1]
+    truth = logits.log_softmax(-1)[range(len(target)), target]
+    if (apart[0, : len(target)] - truth).abs().max() > 5e-3:
+        raise BadInput(f"common.py does not rebuild the logits of {model.config.model_type}")
+    model.row_tokens, shared = 2 * max_length, apart + torch.inf  # room for both
+    with contextlib.suppress(Exception):  # a family that has no use for a mask may raise anything
+        shared, _ = response_logps(model, pair)
+    # Attention is not cut at the diagonal under a mask: in longer rows it eats what sharing saves.
+    model.row_tokens = 2 * config.hidden_size if (shared - apart).abs().max() < 5e-3 else 0
