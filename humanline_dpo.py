@@ -27,9 +27,8 @@ is perception at its simplest: what lies beyond the bounds is seen as on them, a
 Departures from the authors' code: means are over the whole update, however it is cut; M_P and M_R
 are per response; the reference lags one update on one GPU too (theirs aliases the live weights: the
 method is off); k is counted anew when new samples are written.
-
     python humanline_dpo.py --model Qwen/Qwen2.5-1.5B-Instruct
-    (shows loss 0.6931 and unclipped 1 at update 1, its own reference; --plain is the baseline)
+    (update 1 has loss 0.6931 and unclipped 1: its own reference. --plain is the baseline.)
 """
 
 import argparse
@@ -66,8 +65,8 @@ def perceive(logratio: Tensor, mask: Tensor, mode: str, log_eps_P: float, log_ep
     logratio, mask: (B, T), nats. Returns the perceived log-ratio (B, T), 0 on padding, and which
     tokens lost their gradient on the low (P) and the high (R) side, (B, T) bool. "clip": clamped,
     the gradient is 0 outside the bounds, 1 inside. "sample", of which that is the limit (theorem
-    4.3): a token keeps its value but no gradient if π_θ/π_ref < M_P · B_P or π_ref/π_θ < M_R · B_R,
-    with draws B ~ Beta(γ, β) per token and M the response's largest such ratio.
+    4.3): a token keeps its value but no gradient if π_θ/π_ref < M_P B_P or π_ref/π_θ < M_R B_R,
+    with draws B ~ Beta(γ, β) per token, M the response's largest such ratio.
     """
     z = torch.where(mask, logratio, 0.0)  # masked first: padding never meets a clamp or an exp
     if mode == "off":
@@ -94,11 +93,11 @@ def dpo_loss(logratio: Tensor, mask: Tensor, beta: float) -> Tensor:
     return -F.logsigmoid(reward[0::2] - reward[1::2])
 
 
-# === 3. The reference: no second model, but the policy's own log-probs, kept until a sync ===
+# === 3. The reference: no second model, but the policy's log-probs, frozen at a sync ===
 class Row(NamedTuple):
-    examples: list[Example]  # [chosen, rejected]; of a prompt for rollouts one, without a response
+    examples: list[Example]  # [chosen, rejected]; of a prompt for rollouts one, without response
     source: dict | None = None  # the row of the data, for the reward
-    ref_logp: list[Tensor] | None = None  # of each example (T,) float32 on the CPU, nats
+    ref_logp: list[Tensor] | None = None  # for each example (T,) on the CPU, nats
 
     @property
     def prompt(self) -> tuple[int, ...]:
@@ -107,8 +106,8 @@ class Row(NamedTuple):
 
 def policy_logps(model, batch: list[Row], args):
     """By micro-batch: its rows (indices), logp and mask (B, T). Scoring and training both cut here:
-    while the policy stays the same, log-ratios are exactly 0. Precision: matrix products bf16 on
-    CUDA, all else (weights, gradients, AdamW, log-softmax) float32."""
+    where the policy has not moved, log-ratios are exactly 0. Precision: matrix products are bf16 on
+    CUDA; weights, gradients, AdamW and log-softmax float32."""
     temperature = args.temperature if args.sample_every else 1.0  # as the samples were drawn
     for micro in micro_batches(model, [row.examples for row in batch], args.micro_tokens):
         examples = [example for i in micro for example in batch[i].examples]
@@ -122,9 +121,9 @@ def score(model, batch: list[Row], args) -> list[Row]:
     """The batch with ref_logp: what the policy as it is now thinks of its responses."""
     scored = list(batch)
     for micro, logp, mask in policy_logps(model, batch, args):
-        responses = iter([row[real] for row, real in zip(logp.cpu(), mask.cpu())])
+        lines = iter([row[real] for row, real in zip(logp.cpu(), mask.cpu())])
         for i in micro:
-            ref_logp = [next(responses) for _ in batch[i].examples]
+            ref_logp = [next(lines) for _ in batch[i].examples]
             scored[i] = batch[i]._replace(source=None, ref_logp=ref_logp)
     return scored
 
@@ -140,13 +139,13 @@ def next_window(model, queue: deque, rollouts, more: int, args) -> deque:
 # === 4. One update ===
 def accumulate_gradient(model, batch: list[Row], mode: str, args) -> dict[str, float]:
     """Forward and backward of one update; returns its metrics."""
-    pairs = len(batch)  # every mean is over the whole update, so that the cut changes nothing
+    pairs = len(batch)  # means are over the whole update, however it is cut
     tokens = sum(len(e.ids) - e.prompt_len for row in batch for e in row.examples)
     sums = Counter(tokens=sum(len(e.ids) for row in batch for e in row.examples))
     for micro, logp, mask in policy_logps(model, batch, args):
         ref_logp = pad_sequence([x for i in micro for x in batch[i].ref_logp], batch_first=True)
         logratio = logp - ref_logp.to(args.device, non_blocking=True)  # (B, T)
-        # Humanline clipping: one clamp of every token's log-ratio, before the loss sees it.
+        # Humanline clipping: one clamp of each token's log-ratio, before the loss sees it.
         perceived, low, high = perceive(
             logratio, mask, mode, args.log_eps_P, args.log_eps_R, args.gamma_P, args.gamma_R)
         losses = dpo_loss(perceived, mask, args.beta)  # (B/2,)
@@ -170,11 +169,11 @@ def accumulate_gradient(model, batch: list[Row], mode: str, args) -> dict[str, f
 
 # === 5. Data ===
 def load_rows(source: str, limit: int | None, read: Callable) -> list[Row]:
-    """The first rows of a file or Hub data set as tokens."""
+    """The first rows of a file or Hub data set, as tokens."""
     name, config, split = (source.split(":") + ["", ""])[:3]
     kind = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}.get(Path(source).suffix)
     options = {"data_files": source} if kind else {"name": config or None}
-    with errors_in(f"{source} is missing, empty or broken"):
+    with errors_in(f"{source}: missing, empty or broken"):
         data = load_dataset(kind or name, split=split or "train", **options)
     rows, dropped = [], 0
     for i, row in zip(range(limit or len(data)), tqdm(data, "reading", leave=False, delay=2)):
@@ -182,7 +181,7 @@ def load_rows(source: str, limit: int | None, read: Callable) -> list[Row]:
             found = read(row)
         rows += found
         dropped += not found
-    print(f"{source}: {len(rows)} rows; dropped: {dropped}, too long or with nothing to learn")
+    print(f"{source}: {len(rows)} rows; {dropped} too long or with nothing to learn: dropped")
     return rows
 
 
@@ -193,8 +192,8 @@ def encode_row(tokenizer, reward, args, row: dict) -> list[Row]:
     if None in pair or pair[0] == pair[1]:
         return []
     if Row(pair).prompt != Row(pair[::-1]).prompt:
-        raise BadInput("chosen and rejected differ before their last message; use one prompt")
-    return [Row(pair, row)]
+        raise BadInput("chosen and rejected have different prompts")
+    return [Row(pair, source=row)]
 
 
 def hold_out(rows: list[Row], others: list[Row], args) -> tuple[list[Row], list[Row]]:
@@ -220,9 +219,9 @@ def make_batches(rows: list[Row], args) -> list[list[Row]]:
 def encode_prompt_row(tokenizer, reward, args, row: dict) -> list[Row]:
     """The prompt of a row as tokens; [] is a row to drop."""
     ids, *_ = encode_prompt(tokenizer, prompt_in(row), args.raw, args.system_prompt)
-    usable = getattr(reward, "usable", bool)(row)  # has it an answer that the reward can read
-    usable = usable and len(ids) + args.max_new_tokens <= args.max_length
-    return [Row([Example(ids, len(ids))], row)] if usable else []
+    usable = getattr(reward, "usable", bool)(row)  # can it read the row's answer
+    fits = len(ids) + args.max_new_tokens <= args.max_length
+    return [Row([Example(ids, len(ids))], source=row)] if usable and fits else []
 
 
 def roll_out(model, rollouts, rows: list[Row], temperature: float, args) -> tuple:
@@ -239,17 +238,17 @@ def roll_out(model, rollouts, rows: list[Row], temperature: float, args) -> tupl
         rewards = rollouts.reward(prompts=prompts, completions=answers, **columns)
         bad = [i for i, x in enumerate(rewards) if x is None or not math.isfinite(x)]
         if bad or len(rewards) != len(texts):
-            raise BadInput(f"{len(rewards)} numbers for {len(texts)} responses, bad: {bad[:9]}")
+            raise BadInput(f"{len(rewards)} for {len(texts)} responses, not finite: {bad[:9]}")
     return examples, texts, [float(x) for x in rewards]
 
 
 def sample_batches(model, rollouts, count: int, args) -> list[list[Row]]:
-    """Batches written by the policy as it is now; prompts are drawn in turn, round and round."""
+    """Batches that the policy writes now; prompts are drawn in turn, round and round."""
     rows, start, wanted, size = [], rollouts.cursor, count * args.batch_size, args.group_size
     while len(rows) < wanted:
         if rollouts.cursor - start > 20 * wanted:
             raise BadInput(f"--reward {args.reward}: rewards are equal within groups")
-        groups = wanted - len(rows)  # one of equal rewards gives no pair
+        groups = wanted - len(rows)  # some give no pair
         prompts = [rollouts.prompts[(rollouts.cursor + i) % len(rollouts.prompts)]
                    for i in range(groups) for _ in range(size)]
         rollouts.cursor += groups
@@ -270,8 +269,7 @@ SHOWN = ("step", *EVALUATED, "unclipped", "abs_logratio", "grad_norm", "tokens_p
 
 
 def evaluate(model, rows: list[Row], rollouts, step: int, args) -> dict[str, float]:
-    """Held-out rows: raw log-ratios against the *initial* policy, so that all k compare. With
-    --reward its mean on held-out prompts; the responses go to samples.jsonl."""
+    """Held-out rows, raw and against the *initial* policy, so that all k compare; rewards."""
     metrics = {}
     if rows:
         with torch.no_grad():
@@ -282,9 +280,9 @@ def evaluate(model, rows: list[Row], rollouts, step: int, args) -> dict[str, flo
         _, texts, rewards = roll_out(model, rollouts, rollouts.held_out, temperature, args)
         metrics[f"eval_reward_{mode}"] = sum(rewards) / len(rewards)
         with open(Path(args.output_dir) / "samples.jsonl", "a") as file:
-            for row, text, reward in zip(rollouts.held_out, texts, rewards):
+            for row, text, x in zip(rollouts.held_out, texts, rewards):
                 line = {"step": step, "mode": mode, "prompt": prompt_in(row.source)}
-                file.write(json.dumps(line | {"response": text, "reward": reward}) + "\n")
+                file.write(json.dumps(line | {"response": text, "reward": x}) + "\n")
     return metrics
 
 
@@ -309,44 +307,44 @@ def number(above: float, below: float = math.inf, kind: type = float) -> Callabl
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line; (*) marks a default that the paper does not give."""
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-                                     usage="%(prog)s --model NAME [flags; --help lists them]")
+                                     usage="%(prog)s --model NAME [flags]")
     positive, size, count = number(0), number(0, kind=int), number(-1, kind=int)
     add = parser.add_argument_group("model and data").add_argument
-    add("--model", required=True, help="folder or Hub id of the policy")
+    add("--model", required=True, help="folder or Hub id")
     add("--data", default="princeton-nlp/llama3-ultrafeedback-armorm", help="file or Hub id")
     add("--eval_data", help="held-out rows; None: of --data")
-    add("--eval_size", type=count, help="held-out prompts; None: min(128, 5%%) (*)")
+    add("--eval_size", type=count, help="prompts; None: min(128, 5%%) (*)")
     add("--max_rows", type=size, help="first rows of --data")
-    add("--raw", action="store_true", help="strings get no chat template")
-    add("--system_prompt", help="a system message before every prompt")
-    add("--max_length", type=number(1, kind=int), default=2048, help="tokens of an example (*)")
-    add("--output_dir", default="runs/dpo", help="checkpoint, metrics.jsonl, final/")
+    add("--raw", action="store_true", help="no chat template")
+    add("--system_prompt", help="before every prompt")
+    add("--max_length", type=number(1, kind=int), default=2048, help="of an example (*)")
+    add("--output_dir", default="runs/dpo", help="for all that is written")
     add("--resume", action="store_true", help="go on from the checkpoint")
-    add("--overwrite", action="store_true", help="replace the run in --output_dir")
+    add("--overwrite", action="store_true", help="replace a run")
     add = parser.add_argument_group("method").add_argument
     add("--humanline", choices=["clip", "sample", "off"], default="clip", help="perception")
     add("--log_eps_P", type=number(-math.inf, 0), default=-1.5, help="lower bound, nats")
     add("--log_eps_R", type=positive, default=1.5, help="upper bound, nats")
     add("--gamma_P", type=positive, default=0.5, help="B_P ~ Beta(gamma_P, 1)")
     add("--gamma_R", type=positive, default=0.01, help="B_R ~ Beta(gamma_R, 1)")
-    add("--sync_every", type=count, default=1, help="k: updates between syncs; 0 = never")
-    add("--plain", action="store_true", help="--humanline off --sync_every 0")
+    add("--sync_every", type=count, default=1, help="k: updates between syncs; 0: never")
+    add("--plain", action="store_true", help="no clipping, no syncing")
     add("--beta", type=positive, default=0.1, help="inverse temperature (*)")
     add = parser.add_argument_group("rollouts; --data then holds prompts").add_argument
     add("--sample_every", type=count, default=0, help="n: updates between them; 0 = never")
     add("--reward", help="FILE.py:FUNCTION; see README.md")
     add("--group_size", type=number(1, kind=int), default=8, help="responses to a prompt")
     add("--temperature", type=positive, default=0.7, help="of samples, log-probs")
-    add("--max_new_tokens", type=size, default=512, help="tokens of a response (*)")
-    add("--gen_batch", type=size, default=128, help="responses written at once (*)")
+    add("--max_new_tokens", type=size, default=512, help="of a response (*)")
+    add("--gen_batch", type=size, default=128, help="responses at once (*)")
     add = parser.add_argument_group("training").add_argument
-    add("--steps", type=size, help="updates; None: as --epochs makes")
+    add("--steps", type=size, help="updates; None: by --epochs")
     add("--epochs", type=size, default=1, help="passes over the data (*)")
     add("--batch_size", type=size, default=32, help="pairs of an update")
-    add("--micro_tokens", type=size, default=16384, help="padded tokens of a forward (*)")
+    add("--micro_tokens", type=size, default=16384, help="of a forward (*)")
     add("--lr", type=number(0, 1), default=1e-6, help="of AdamW, after the warm-up (*)")
     add("--lr_decay", action="store_true", help="linear, 0 at the last update")
-    add("--warmup", type=count, default=10, help="updates of linear warm-up (*)")
+    add("--warmup", type=count, default=10, help="updates (*)")
     add("--max_grad_norm", type=positive, default=1.0, help="bound of the gradient (*)")
     add("--activation_checkpointing", action="store_true", help="slower, less memory")
     add("--eval_every", type=count, default=100, help="updates; 0 = never (*)")
@@ -360,13 +358,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def load_policy(args) -> tuple:
-    """The policy in float32 with every dropout off, and its tokenizer."""
+    """The policy, float32 and without dropout, and its tokenizer."""
     with errors_in(f"--model {args.model}"):
         tokenizer = AutoTokenizer.from_pretrained(args.model)
         config = AutoConfig.from_pretrained(args.model)
-        for name, value in vars(config.get_text_config()).items():
-            if "drop" in name and isinstance(value, float):
-                setattr(config.get_text_config(), name, 0.0)
+        for name in [name for name in vars(config.get_text_config()) if "drop" in name]:
+            setattr(config.get_text_config(), name, 0.0)
         model, info = AutoModelForCausalLM.from_pretrained(  # bf16 would miss small updates
             args.model, config=config, dtype=torch.float32, output_loading_info=True)
         if info["missing_keys"]:
@@ -379,10 +376,10 @@ def load_policy(args) -> tuple:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Train. Raises BadInput where the run cannot start or go on."""
+    """Train. Raises BadInput where it cannot."""
     folder, k, n = Path(args.output_dir), args.sync_every, args.sample_every
     if folder.exists() and not (args.resume or args.overwrite):
-        raise BadInput(f"--output_dir {folder} exists; add --resume or --overwrite, or rename")
+        raise BadInput(f"--output_dir {folder} exists; add --resume or --overwrite")
     with errors_in(f"--reward {args.reward} is no FILE.py:FUNCTION"):
         path, _, function = (args.reward or "").rpartition(":")
         reward = runpy.run_path(path)[function] if n or args.reward else None
@@ -396,7 +393,7 @@ def main(args: argparse.Namespace) -> None:
     held_out = list({row.prompt: row for row in eval_rows}.values()) if reward else []
     rollouts = SimpleNamespace(tokenizer=tokenizer, reward=reward, held_out=held_out,
                                prompts=random.Random(args.seed).sample(rows, len(rows)), cursor=0)
-    queue = deque([] if n else make_batches(rows, args))  # batches that have no reference yet
+    queue = deque([] if n else make_batches(rows, args))  # has no reference yet
     steps = len(queue) or args.steps or math.ceil(args.epochs * len(rows) / args.batch_size)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
 
@@ -421,28 +418,28 @@ def main(args: argparse.Namespace) -> None:
     else:
         eval_rows = [] if n else score(model, eval_rows, args)
         means = [logp.mean() for row in eval_rows for logp in row.ref_logp] or [torch.zeros(())]
-        quartiles = torch.stack(means).quantile(torch.tensor([0.25, 0.5, 0.75])).tolist()
+        quartiles = torch.stack(means).quantile(torch.tensor([0.25, 0.5, 0.75])).numpy().round(2)
         ids, cut = rows[0].examples[0]
-        print(f"{tokenizer.decode(ids[:cut])}⟦{tokenizer.decode(ids[cut:])}⟧ (trained: in ⟦⟧)\n"
-              f"quartiles of held-out responses' mean token log-prob, better near 0: {quartiles}")
+        print(f"{tokenizer.decode(ids[:cut])}⟦{tokenizer.decode(ids[cut:])}⟧ (⟦⟧: trained)\n"
+              f"quartiles of held-out mean token log-probs, better near 0: {quartiles}")
         log({"step": 0} | evaluate(model, eval_rows, rollouts, 0, args), args)
         window = next_window(model, queue, rollouts, min(n, steps), args)
 
     for step in tqdm(range(max(0, state["step"]) + 1, steps + 1), "training", leave=False):
         started, batch = time.perf_counter(), window.popleft()
-        torch.manual_seed(args.seed * 10**6 + step)  # so a checkpoint needs no generators
+        torch.manual_seed(args.seed * 10**6 + step)  # no generator in a checkpoint
         metrics = {"step": step} | accumulate_gradient(model, batch, args.humanline, args)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm).item()
         if not math.isfinite(norm + metrics["loss"]):
-            raise BadInput(f"update {step}: loss {metrics['loss']}, gradient norm {norm}: not "
-                           "applied, and the checkpoint is older; try a lower --lr")
+            raise BadInput(f"update {step}: loss {metrics['loss']}, gradient norm {norm}; "
+                           "it is not applied; try a lower --lr")
         decay = (steps - step) / max(1, steps - args.warmup) if args.lr_decay else 1
         optimizer.param_groups[0]["lr"] = lr = args.lr * min(1, step / max(1, args.warmup), decay)
 
         # Humanline syncing. When its k batches are used up, the window is filled anew: the policy
         # as it still is, before this update, scores the next k batches and so is their reference,
-        # which lags one update. Scored after the update they would meet that same policy: with
-        # k = 1 all log-ratios would be 0 and nothing ever clipped.
+        # which lags one update. Scored after it they would meet that same policy: with k = 1 all
+        # log-ratios would be 0 and nothing ever clipped.
         if k > 0 and not window:
             window = next_window(model, queue, rollouts, min(n, steps - step), args)
         optimizer.step()
@@ -451,7 +448,7 @@ def main(args: argparse.Namespace) -> None:
             window = next_window(model, queue, rollouts, min(n, steps - step), args)
 
         seconds = time.perf_counter() - started
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # in KiB on Linux
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
         peak = torch.cuda.max_memory_allocated() / 2**30 if args.device == "cuda" else peak
         metrics |= {"grad_norm": norm, "lr": lr, "seconds": seconds, "peak_memory_gib": peak,
                     "tokens_per_second": metrics["tokens"] / seconds}
@@ -475,6 +472,6 @@ if __name__ == "__main__":
     except BadInput as error:
         sys.exit(f"error: {error}")
     except torch.cuda.OutOfMemoryError:
-        sys.exit("error: out of GPU memory; lower --micro_tokens or add --activation_checkpointing")
+        sys.exit("error: out of memory; lower --micro_tokens or add --activation_checkpointing")
     except KeyboardInterrupt:
-        sys.exit(f"stopped; from the last checkpoint goes on: python {' '.join(sys.argv)} --resume")
+        sys.exit(f"stopped; go on from the checkpoint: python {' '.join(sys.argv)} --resume")
