@@ -1,791 +1,98 @@
 r"""Humanline GRPO: group relative policy optimization on fixed groups that learns as if fresh.
 
 Paper: "Humanline: Online Alignment as Perceptual Loss" (arXiv 2509.24207), on top of GRPO (Shao et
-al. 2024, arXiv 2402.03300). People perceive rare and common outcomes with a bias; with that bias
-built into the loss, training on offline data comes out as strong as on freshly sampled data.
-It adds two things to GRPO:
+al. 2024, arXiv 2402.03300). People perceive likely and unlikely outcomes with a bias, and what the
+policy samples looks to it as to them: with that bias in the loss, fixed data will do. A clamp is
+perception at its simplest: what lies beyond the bounds is seen as on them, and moves nothing.
 
-  syncing   every k updates the reference becomes the policy as it was just before the update;
-  clipping  every token's log-ratio is clipped to [log ε_P, log ε_R] before it is exponentiated.
+  clipping  every token's log-ratio is clamped to [log ε_P, log ε_R] before it is exponentiated;
+  syncing   every k updates the reference becomes the policy as it was just before the update.
 
     z_t = log π_θ(y_t | x, y_<t) − log π_ref(y_t | x, y_<t)
     r_t = exp( clamp(z_t, log ε_P, log ε_R) )
     A   = (reward − mean of its group) / (std of its group + 1e-4)
     L_t = −min( r_t A, clip(r_t, 1 − ε, 1 + ε) A ) + β (exp(−z_t) + z_t − 1),  mean over all tokens
 
-  symbol         variable                shape    meaning
-  B, T                                            sequences of a micro-batch; longest response
-  log π_θ        logp                    (B, T)   policy log-prob of each response token, nats
-  log π_ref      ref_logp                (B, T)   the same under the reference, a constant
-                 mask                    (B, T)   true on response tokens, end of turn included
-  z              logratio                (B, T)   log π_θ − log π_ref
-                 perceived               (B, T)   the log-ratio after clipping (or sampling)
-  log ε_P, ε_R   log_eps_P, log_eps_R    floats   clip bounds, log ε_P < 0 < log ε_R
-  k              sync_every              int      updates between two syncs; 0 = never
-  A              advantage               (B,)     group-normalised reward
-  ε, β           epsilon, beta           floats   PPO's clip; weight of the KL estimate (k3)
+    update            1  2  3  4  5      (policy that trains; reference that it meets, as numbers
+    policy            0  1  2  3  4       of updates made)
+    reference, k = 1  0  0  1  2  3
+    reference, k = 2  0  0  1  1  3
+    reference, k = 0  0  0  0  0  0      with --sample_every: the policy that wrote the samples
 
-The reference is no second model. All it is ever asked for are the log-probs of the next k batches,
-so at a sync the policy itself scores these and the numbers are kept: the same as copying weights.
+  log π_θ, π_ref  logp, ref_logp        (B, T)  of B sequences' T response tokens, nats
+                  mask                  (B, T)  true on response tokens, their end included
+  z               logratio              (B, T)  log π_θ − log π_ref, the token's surprisal
+                  perceived             (B, T)  the log-ratio as a human would see it
+  log ε_P, ε_R    log_eps_P, log_eps_R  bounds. P: too unlikely for the Policy; R: the Reverse
+  k, A            sync_every, advantage updates between syncs; (B,)
+  ε, β            epsilon, beta         PPO's clip; weight of the KL estimate (k3)
 
 Departures: one reference for ratio and KL (TRL takes the KL to the initial model); std + 1e-4 of
-the population (HALOs 1e-2, TRL the sample's); M_P and M_R of humanline sampling per response; means
-over the whole update, however it is cut; the reference lags one update on one GPU too; k is
-counted anew in each sampled stretch.
-
-    python humanline_grpo.py --model Qwen/Qwen2.5-1.5B-Instruct \
-        --data princeton-nlp/llama3-ultrafeedback-armorm
-
-You should see abs_logratio 0 and unclipped 1.000 at the first update, where the policy still is its
-own reference. `--plain` is the baseline.
+the population (HALOs 1e-2, TRL the sample's); means are over an update, however it is cut; M_P, M_R
+per response; the reference lags one update on one GPU too; k is counted anew with new samples.
+    python humanline_grpo.py --model Qwen/Qwen2.5-1.5B-Instruct
+    (update 1 has abs_logratio 0 and unclipped 1: its own reference. --plain is the baseline.)
 """
 
 import argparse
-import collections
-import difflib
 import functools
-import hashlib
-import importlib.util
 import itertools
 import json
 import math
 import os
 import random
-import re
 import resource
-import shutil
-import signal
+import runpy
 import statistics
 import sys
 import time
-import zipfile
-from fractions import Fraction
+from collections import Counter, deque
 from pathlib import Path
-from typing import NamedTuple
+from types import SimpleNamespace
+from typing import Callable, NamedTuple
 
-import datasets
 import torch
+from datasets import load_dataset
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers import AutoModelForSequenceClassification
-from transformers.modeling_layers import GradientCheckpointingLayer
 
-from common import BadInput, Example, check_model, check_sharing, encode, encode_prompt
-from common import end_of_turn, micro_batches, padded_share, response_logps
+from common import BadInput, Example, check_model, encode, encode_prompt, errors_in
+from common import micro_batches, prompt_in, response_logps, sample_responses
 
-# ==================================================================================================
-# 1. Arguments
-# ==================================================================================================
-
-
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line; (*) marks a default that the paper does not give."""
-    parser = argparse.ArgumentParser(
-        description="Humanline GRPO (arXiv 2509.24207). (*): the paper gives no such default.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = parser.add_argument_group("model and data").add_argument
-    add("--model", required=True, help="Hugging Face folder or Hub id of the policy")
-    add("--data", required=True, help=".jsonl, .json, .parquet or Hub id[:config[:split]]")
-    add("--eval_data", help="the same for held-out rows; without it prompts of --data are held out")
-    add("--eval_size", type=int, help="held-out prompts; 0 = none; None = min(128, 5%%) (*)")
-    add("--max_rows", type=int, help="use only the first rows of --data")
-    add("--raw", action="store_true", help="leave string prompts as they are: no chat template")
-    add("--max_length", type=int, default=2048, help="tokens of prompt and response together (*)")
-    add("--output_dir", default="runs/grpo", help="checkpoints, metrics.jsonl and final/ go here")
-    add("--resume", action="store_true", help="go on from the newest whole checkpoint")
-    add("--overwrite", action="store_true", help="replace the run in --output_dir")
-    add = parser.add_argument_group("method").add_argument
-    add("--humanline", choices=["clip", "sample", "off"], default="clip", help="perception")
-    add("--log_eps_P", type=float, default=-1.5, help="lower clip bound, nats")
-    add("--log_eps_R", type=float, default=1.5, help="upper clip bound, nats")
-    add("--gamma_P", type=float, default=0.5, help="with --humanline sample: Beta(gamma_P, 1)")
-    add("--gamma_R", type=float, default=0.01, help="with --humanline sample: Beta(gamma_R, 1)")
-    add("--sync_every", type=int, default=16, help="k: updates between two syncs; 0 = never")
-    add("--plain", action="store_true", help="the baseline: --humanline off --sync_every 0")
-    add("--beta", type=float, default=1e-4, help="weight of the KL estimate")
-    add("--epsilon", type=float, default=0.2, help="PPO's clip of the perceived ratio (*)")
-    add = parser.add_argument_group("sampling; --data then holds prompts").add_argument
-    add("--sample_every", type=int, default=0, help="n: updates between two samplings; 0 = never")
-    add("--reward", help="FILE.py:FUNCTION(prompts, completions, **columns) -> list of numbers")
-    add("--group_size", type=int, default=8, help="responses to a prompt")
-    add("--temperature", type=float, default=0.7, help="of sampling, and of log-probs of samples")
-    add("--max_new_tokens", type=int, default=512, help="tokens of a sampled response (*)")
-    add("--gen_batch", type=int, default=128, help="responses written at once (*)")
-    add("--system_prompt", help="a system message before every prompt")
-    add = parser.add_argument_group("training").add_argument
-    add("--steps", type=int, help="updates; not given: as many as --epochs makes")
-    add("--epochs", type=int, default=1, help="passes over the data (*)")
-    add("--batch_size", type=int, default=64, help="responses of an update, in whole groups")
-    add("--micro_tokens", type=int, default=16384, help="padded tokens of a forward/backward (*)")
-    add("--lr", type=float, default=1e-6, help="of AdamW, constant after the warm-up (*)")
-    add("--warmup", type=int, default=10, help="updates of linear warm-up; the first is not 0 (*)")
-    add("--max_grad_norm", type=float, default=1.0, help="bound of the gradient's norm (*)")
-    add("--activation_checkpointing", action="store_true", help="slower, less memory")
-    add("--eval_every", type=int, default=100, help="updates between evaluations, 0 = none (*)")
-    add("--save_every", type=int, default=100, help="updates between checkpoints, 0 = none (*)")
-    add("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--seed", type=int, default=0, help="of the data's order, samples and humanline sampling")
-    args = parser.parse_args(argv)
-    if args.plain:
-        args.humanline, args.sync_every = "off", 0
-    return args
-
-
-FLAG_CHECKS = [  # (flags, what must hold, in words)
-    ("lr epsilon max_grad_norm gamma_P gamma_R temperature",
-     lambda v: 0 < v < math.inf, "positive and finite"),
-    ("beta", lambda v: 0 <= v < math.inf, "0 or positive, and finite"),
-    ("batch_size micro_tokens max_rows steps epochs", lambda v: v > 0, "at least 1"),
-    ("max_new_tokens gen_batch", lambda v: v > 0, "at least 1"),
-    ("max_length group_size", lambda v: v > 1, "at least 2"),
-    ("sample_every sync_every warmup eval_every save_every eval_size",
-     lambda v: v >= 0, "0 or more"),
-    ("log_eps_P", lambda v: v < 0, "below 0, where a ratio of 1 lies"),
-    ("log_eps_R", lambda v: v > 0, "above 0, where a ratio of 1 lies"),
-    ("seed", lambda v: 0 <= v < 2**63, "0 or more, in 63 bits"),
-    ("device", lambda v: v == "cpu" or torch.cuda.is_available(), "cpu: there is no CUDA GPU"),
-    ("model", lambda v: not is_path(v) or os.path.isdir(v), "an existing folder or a Hub id"),
-]
-
-
-def is_path(name: str) -> bool:
-    """Whether a name is a file or folder here, not a Hub id (org/name), which would be fetched."""
-    return name.count("/") > 1 or name[:1] in "./~" or os.path.exists(name.partition("/")[0])
-
-
-def check_args(args: argparse.Namespace) -> None:
-    """Raise BadInput for the first flag out of range, or an output folder that cannot be used."""
-    for flags, holds, words in FLAG_CHECKS:
-        for flag in flags.split():
-            value = getattr(args, flag)
-            if value is not None and not holds(value):
-                raise BadInput(f"--{flag} {value}: must be {words}")
-    if args.sample_every and not args.reward:
-        raise BadInput("--sample_every: needs --reward FILE.py:FUNCTION to score the samples")
-    if args.reward and args.max_new_tokens >= args.max_length:
-        raise BadInput(f"--max_new_tokens {args.max_new_tokens}: must be below --max_length "
-                       f"{args.max_length}, which the prompt is part of")
-    folder = Path(args.output_dir)
-    parent = next(p for p in [folder, *folder.absolute().parents] if p.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise BadInput(f"--output_dir {folder}: {parent} is no folder to write in; name another")
-    if folder.is_dir() and any(folder.iterdir()) and not (args.resume or args.overwrite):
-        raise BadInput(f"--output_dir {folder}: not empty; add --resume or --overwrite, or rename")
-
-
-# ==================================================================================================
-# 2. Data
-# ==================================================================================================
-
-
-class Row(NamedTuple):
-    """One response of a group, with the reference's frozen scores once it is in a window."""
-
-    examples: list[Example]  # [response]
-    group: int | str  # responses of one group stand side by side
-    reward: float
-    advantage: float = math.nan  # over the whole group
-    ref_logp: list[Tensor] | None = None  # for each example (T,) float32 on the CPU, nats
-
-
-def read_rows(source: str, limit: int | None = None) -> list[tuple[str, dict]]:
-    """The first rows of a file or Hub data set, each with its place, as in "pairs.jsonl:17"."""
-    path = Path(source)
-    if path.suffix == ".jsonl" and path.is_file():
-        with open(path, "rb") as file:
-            lines = ((i, line) for i, line in enumerate(file, 1) if line.strip())
-            lines = itertools.islice(lines, limit)
-            return [read_line(line, f"{path.name}:{i}") for i, line in lines]
-    name, config, split = (source.split(":") + ["", ""])[:3]
-    options = {"path": name, "name": config or None, "split": split or "train"}
-    if path.suffix in (".json", ".parquet") and path.is_file():
-        if not path.stat().st_size:
-            raise BadInput(f"{source}: empty; it needs a row")
-        options = {"path": path.suffix[1:], "data_files": source, "split": "train"}
-    elif path.suffix in (".jsonl", ".json", ".parquet") or is_path(name):
-        raise BadInput(f"{source}: no such .jsonl, .json or .parquet file; check the path")
-    try:
-        rows = itertools.islice(datasets.load_dataset(**options), limit)
-        return [(f"{source}[{i}]", row) for i, row in enumerate(rows)]
-    except Exception as error:  # whatever a broken file or the Hub raises, its message says it
-        mend = "mend the file" if path.is_file() else "name Hub data as id[:config[:split]]"
-        raise BadInput(f"{source}: {' '.join(str(error).split())}; {mend}") from error
-
-
-def read_line(line: bytes, where: str) -> tuple[str, dict]:
-    """One line of a .jsonl file. `datasets` would not say which line is wrong."""
-    try:
-        row = json.loads(line.decode())
-    except UnicodeDecodeError as error:
-        raise BadInput(f"{where}: not UTF-8 ({error.reason}); save the file as UTF-8") from error
-    except (ValueError, RecursionError) as error:
-        raise BadInput(f"{where}: not JSON ({error}); mend or drop the line") from error
-    if not isinstance(row, dict):
-        raise BadInput(f"{where}: no object but {line[:20].strip()!r}; write one {{...}} a line")
-    return where, row
-
-
-ROLES = ("system", "developer", "user", "assistant", "tool")
-FIELD_CHECKS = [  # (what is wrong with a text or a list of messages, in words, how to mend it)
-    (lambda v: v is None, "null", "give it a text or drop the row"),
-    (lambda v: not isinstance(v, (str, list)), "neither text nor messages", "write one of them"),
-    (lambda v: isinstance(v, str) and not v.strip(), "empty", "give it a text or drop the row"),
-    (lambda v: v == [], "no message", "give it one or drop the row"),
-    (lambda v: isinstance(v, list) and not all(isinstance(m, dict) for m in v),
-     "a message that is no object", 'write {"role": ..., "content": ...}'),
-    (lambda v: isinstance(v, list) and any(m.get("role") not in ROLES for m in v),
-     "a message with a bad role", "use one of " + ", ".join(ROLES)),
-    (lambda v: isinstance(v, list) and not all(isinstance(m.get("content"), str) for m in v),
-     "a message whose content is no text", "give it a text"),
-    (lambda v: isinstance(v, list) and not v[-1]["content"].strip(),
-     "its last message is empty", "give it a text or drop the row"),
-    (lambda v: any("\ud800" <= c <= "\udfff" for text in ([v] if isinstance(v, str) else
-                   [m["content"] for m in v]) for c in text),
-     "a lone surrogate, which is no character", "write the file as UTF-8"),
-]
-
-
-def field(row: dict, name: str, where: str) -> str | list[dict]:
-    """A row's text or messages, checked; of messages only role and content are kept."""
-    if name not in row:
-        near = difflib.get_close_matches(name, row, 1)
-        mend = f"did you mean '{near[0]}'?" if near else "rename the column"
-        raise BadInput(f"{where}: no field '{name}' among {', '.join(row) or 'none'}; {mend}")
-    value = row[name]
-    for wrong, words, mend in FIELD_CHECKS:
-        if wrong(value):
-            raise BadInput(f"{where}: field '{name}': {words}; {mend}")
-    if isinstance(value, str):
-        return value
-    return [{"role": m["role"], "content": m["content"]} for m in value]
-
-
-def prompt_and_response(row: dict, name: str, where: str, args: argparse.Namespace) -> tuple:
-    """Both as text or messages; a whole dialogue in the response's column wins over a prompt."""
-    response = field(row, name, where)
-    if isinstance(response, str) and "prompt" not in row:
-        raise BadInput(f"{where}: field '{name}': text without a field 'prompt' (among "
-                       f"{', '.join(row)}); add it, or write the dialogue as messages")
-    if isinstance(response, list) and response[-1]["role"] != "assistant":
-        raise BadInput(f"{where}: field '{name}': ends with no assistant message; drop the rest")
-    whole = isinstance(response, list) and len(response) > 1
-    prompt = response[:-1] if whole else field(row, "prompt", where)
-    if isinstance(prompt, list) and prompt[-1]["role"] == "assistant":
-        name = name if whole else "prompt"
-        raise BadInput(f"{where}: field '{name}': it ends with an assistant message; drop that")
-    return with_system(prompt, args), response[-1:] if whole else response
-
-
-def with_system(prompt: str | list[dict], args: argparse.Namespace) -> str | list[dict]:
-    if not args.system_prompt:
-        return prompt
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    return [{"role": "system", "content": args.system_prompt}, *messages]
-
-
-GROUP_COLUMNS = [("completions", "rewards"), ("all_generated_responses", "all_rm_scores")]
-
-
-def encode_row(tokenizer, row: dict, where: str, args: argparse.Namespace) -> list[Row] | str:
-    """A scored group, or one {prompt, completion, reward}; or in words why it is dropped."""
-    names = next((names for names in GROUP_COLUMNS if names[0] in row), ("completion", "reward"))
-    if names[1] not in row and names[0] in row:
-        near = difflib.get_close_matches(names[1], row, 1)
-        mend = f"did you mean '{near[0]}'?" if near else "rename the column"
-        raise BadInput(f"{where}: no field '{names[1]}' among {', '.join(row)}; {mend}")
-    one = names[0] == "completion"
-    texts, rewards = ([row.get(name)] if one else row.get(name) for name in names)
-    if not isinstance(texts, list) or not isinstance(rewards, list) or len(texts) != len(rewards):
-        raise BadInput(f"{where}: fields '{names[0]}', '{names[1]}': not two lists of one length; "
-                       "give each completion its reward")
-    if len(texts) < 2 and not one:
-        raise BadInput(f"{where}: field '{names[0]}': {len(texts)} completion; a group needs two")
-    found = []
-    for text, reward in zip(texts, rewards):
-        if type(reward) not in (int, float) or not math.isfinite(reward):
-            raise BadInput(f"{where}: field '{names[1]}': {reward!r}; it must be a finite number")
-        single = row if one else {"prompt": field(row, "prompt", where), names[0]: text}
-        prompt, response = prompt_and_response(single, names[0], where, args)
-        example = encode(tokenizer, prompt, response, args.max_length, args.raw)
-        if example is None:
-            return "the prompt leaves no room for a response"
-        found.append(Row([example], "" if one else where, float(reward)))
-    return found
-
-
-def load_rows(source: str, limit: int | None, tokenizer, args: argparse.Namespace) -> list[Row]:
-    """Read, check and tokenize a data set; print what was kept and dropped."""
-    raw = read_rows(source, limit)
-    if not raw:
-        raise BadInput(f"{source}: empty; it needs a row")
-    rows, dropped = [], collections.Counter()
-    for where, columns in tqdm(raw, "tokenizing", unit=" rows", leave=False):
-        try:
-            found = encode_row(tokenizer, columns, where, args)
-        except BadInput as error:
-            at = "" if str(error).startswith(where) else f"{where}: "
-            raise BadInput(f"{at}{error}") from error
-        if isinstance(found, str):
-            dropped[found] += 1
-        else:
-            rows += found
-    print(f"{source}: {len(raw) - dropped.total()} rows kept, {dropped.total()} dropped",
-          *(f"({count}: {reason})" for reason, count in dropped.items()))
-    if not rows:
-        raise BadInput(f"{source}: no row is left: {'; '.join(dropped)}; raise --max_length")
-    return rows
-
-
-def prompt_of(row: Row) -> tuple[int, ...]:
-    return tuple(row.examples[0].ids[: row.examples[0].prompt_len])
-
-
-def load_data(tokenizer, args: argparse.Namespace) -> tuple[list[Row], list[Row]]:
-    """Training rows and held-out rows, in groups with their advantages; no prompt is in both."""
-    rows = load_groups(args.data, args.max_rows, tokenizer, args)
-    eval_rows = load_groups(args.eval_data, None, tokenizer, args) if args.eval_data else rows
-    rows, eval_rows = hold_out(rows, eval_rows, args)
-    groups = groups_of(rows)
-    equal = sum(all(row.advantage == 0 for row in group) for group in groups)
-    print(f"{len(groups)} groups to train on, {equal} of them with equal rewards (advantage 0)")
-    if groups and equal > 0.9 * len(groups):
-        print("warning: nearly all groups have equal rewards and teach nothing; "
-              "look for prompts of middling difficulty or finer rewards")
-    if not epoch_batches(rows, 0, args):
-        raise BadInput(f"{args.data}: {len(rows)} rows to train on fill no batch of "
-                       f"{args.batch_size}; lower --batch_size or hold out fewer prompts")
-    return rows, eval_rows
-
-
-def load_groups(source: str, limit: int | None, tokenizer, args: argparse.Namespace) -> list[Row]:
-    """Rows side by side in their groups (a row of the file, or all its rows of one prompt)."""
-    groups = collections.defaultdict(list)
-    for row in load_rows(source, limit, tokenizer, args):
-        groups[row.group or prompt_of(row)].append(row)
-    rows = []
-    for number, group in enumerate(groups.values()):
-        where = f"{source}: the group of {str(tokenizer.decode(prompt_of(group[0])))[:60]!r}"
-        if len(group) < 2:
-            raise BadInput(f"{where}: one response; a group needs two or more")
-        if len(group) > args.batch_size:
-            raise BadInput(f"{where}: {len(group)} responses, more than --batch_size "
-                           f"{args.batch_size}; raise it")
-        advantages = group_advantages([row.reward for row in group])
-        rows += [row._replace(group=number, advantage=a) for row, a in zip(group, advantages)]
-    return rows
-
-
-def groups_of(rows: list[Row]) -> list[list[Row]]:
-    return [list(group) for _, group in itertools.groupby(rows, key=lambda row: row.group)]
-
-
-def group_advantages(rewards: list[float]) -> list[float]:
-    """(reward − mean) / (std + 1e-4) over one whole group, population std (Shao et al. 2024,
-    section 4.1.2). Exactly 0 where all are equal: 0.7 seven times minus its mean is not so."""
-    if max(rewards) == min(rewards):
-        return [0.0] * len(rewards)
-    mean = statistics.fmean(rewards)
-    return [(reward - mean) / (statistics.pstdev(rewards) + 1e-4) for reward in rewards]
-
-
-def held_out_of(prompts: list[tuple], args: argparse.Namespace) -> set[tuple]:
-    """The prompts (token ids) that are held out: as many as --eval_size says."""
-    prompts = list(dict.fromkeys(prompts))
-    size = len(prompts) if args.eval_data else min(128, len(prompts) // 20)
-    size = size if args.eval_size is None else min(args.eval_size, len(prompts))
-    return set(random.Random(args.seed).sample(prompts, size))
-
-
-def hold_out(rows: list[Row], eval_rows: list[Row], args) -> tuple[list[Row], list[Row]]:
-    """The rows whose prompts are not held out, and the held-out rows."""
-    held_out = held_out_of([prompt_of(row) for row in eval_rows], args)
-    kept = [row for row in rows if prompt_of(row) not in held_out]
-    print(f"{len(held_out)} prompts are held out, with them {len(rows) - len(kept)} rows of --data")
-    return kept, [row for row in eval_rows if prompt_of(row) in held_out]
-
-
-def epoch_batches(rows: list[Row], epoch: int, args: argparse.Namespace) -> list[list[Row]]:
-    """The batches of one epoch, in an order of its own; a ragged last one is dropped."""
-    groups = groups_of(rows)
-    order = random.Random(f"{args.seed} {epoch}").sample(groups, len(groups))
-    return cut_batches([row for group in order for row in group], args)
-
-
-def cut_batches(rows: list[Row], args: argparse.Namespace) -> list[list[Row]]:
-    """Whole groups, filled to --batch_size; a last batch with room for another is left out."""
-    batches, full = [[]], True
-    for group in groups_of(rows):
-        if len(batches[-1]) + len(group) > args.batch_size:
-            batches.append([])
-        batches[-1] += group
-        full = len(batches[-1]) == args.batch_size
-    return batches if full and batches[0] else batches[:-1]
-
-
-# ==================================================================================================
-# 3. Rollouts: the policy writes responses, a reward scores them
-# ==================================================================================================
-
-
-class Prompt(NamedTuple):
-    ids: list[int]
-    text: str | list[dict]  # as the reward function gets it
-    columns: dict  # what else the row holds, such as the answer
-
-
-def load_prompts(source: str, limit: int | None, tokenizer, reward, args) -> list[Prompt]:
-    """Prompts with the columns that the reward needs: {prompt}, {question}, {problem}, or what
-    stands before the last message of a dialogue in `chosen`."""
-    prompts, dropped = [], collections.Counter()
-    usable = getattr(reward, "usable", lambda columns: True)  # has the row an answer to compare
-    for where, row in tqdm(read_rows(source, limit), "tokenizing", leave=False):
-        name = next((name for name in ("prompt", "question", "problem") if name in row), "prompt")
-        if isinstance(row.get("chosen"), list):
-            prompt = field(row, "chosen", where)[:-1]
-        else:
-            prompt = field(row, name, where)
-        try:
-            ids = encode_prompt(tokenizer, with_system(prompt, args), args.raw)
-        except BadInput as error:
-            raise BadInput(f"{where}: {error}") from error
-        columns = {key: value for key, value in row.items()
-                   if key not in ("prompt", "prompts", "completion", "completions")}
-        if len(ids) + args.max_new_tokens > args.max_length:
-            dropped["the prompt leaves no room for --max_new_tokens"] += 1
-        elif not usable(columns):
-            dropped["the reward can read no answer in the row"] += 1
-        else:
-            prompts.append(Prompt(ids, prompt, columns))
-    print(f"{source}: {len(prompts)} prompts kept, {dropped.total()} dropped",
-          *(f"({count}: {reason})" for reason, count in dropped.items()))
-    if not prompts:
-        raise BadInput(f"{source}: no prompt is left: {'; '.join(dropped) or 'empty'}")
-    return prompts
-
-
-def prompt_sets(tokenizer, reward, eval_rows: list[Row], args) -> tuple[list[Prompt], list[Prompt]]:
-    """Prompts to sample from, and those to evaluate the reward on; no prompt is in both."""
-    prompts = load_prompts(args.data, args.max_rows, tokenizer, reward, args)
-    eval_prompts = prompts
-    if args.eval_data:
-        eval_prompts = load_prompts(args.eval_data, None, tokenizer, reward, args)
-    if args.sample_every:
-        held_out = held_out_of([tuple(p.ids) for p in eval_prompts], args)
-    else:
-        held_out = set(map(prompt_of, eval_rows))
-    once = {tuple(p.ids): p for p in eval_prompts if tuple(p.ids) in held_out}
-    prompts = [p for p in prompts if tuple(p.ids) not in held_out]
-    if not prompts:
-        raise BadInput(f"{args.data}: all prompts are held out; lower --eval_size")
-    return prompts, list(once.values())
-
-
-def load_reward(name: str):
-    """The function named FILE.py:FUNCTION."""
-    path, _, function = name.rpartition(":")
-    if not Path(path).is_file():
-        raise BadInput(f"--reward {name}: no file {path!r}; write FILE.py:FUNCTION")
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:  # the file is the user's program
-        raise BadInput(f"--reward {name}: {path} fails with {error!r}; mend it") from error
-    if not callable(getattr(module, function, None)):
-        raise BadInput(f"--reward {name}: no function {function!r} in {path}; define it there")
-    return getattr(module, function)
-
-
-def rewards_of(reward, prompts: list[Prompt], texts: list[str], args) -> list[float]:
-    """One finite number a response, or BadInput that names the function and the response.
-
-    The function is called as TRL calls it: with lists, conversations for conversations.
-    """
-    conversations = [not isinstance(p.text, str) for p in prompts]
-    completions = [[{"role": "assistant", "content": text}] if conversation else text
-                   for text, conversation in zip(texts, conversations)]
-    names = dict.fromkeys(key for p in prompts for key in p.columns)
-    columns = {key: [p.columns.get(key) for p in prompts] for key in names}
-    try:
-        values = reward(prompts=[p.text for p in prompts], completions=completions, **columns)
-        values = list(values)
-    except Exception as error:  # the function is the user's program
-        raise BadInput(f"--reward {args.reward}: raised {error!r}; mend it") from error
-    if len(values) != len(prompts):
-        raise BadInput(f"--reward {args.reward}: {len(values)} values, {len(prompts)} responses; "
-                       "return one for each")
-    for i, (value, text) in enumerate(zip(values, texts)):
-        if value is None or not math.isfinite(value):
-            raise BadInput(f"--reward {args.reward}: {value} for response {i}, {text[:40]!r}; "
-                           "return a finite number")
-    return [float(value) for value in values]
-
-
-@torch.no_grad()
-def generate(model, tokenizer, prompts: list[Prompt], args, greedy: bool = False) -> list[Example]:
-    """One response a prompt, with its end of turn unless cut off; torch's generator seeds it.
-
-    Every knob that a checkpoint's generation_config may set is set here: else the samples would not
-    be drawn from π_θ.
-    """
-    eos = model.generation_config.eos_token_id
-    stops = {tokenizer.eos_token_id, end_of_turn(tokenizer, args.raw)[1][-1]}
-    stops |= set(eos if isinstance(eos, list) else [eos]) - {None}
-    options = dict(do_sample=not greedy, num_beams=1, max_new_tokens=args.max_new_tokens,
-                   min_new_tokens=0, repetition_penalty=1.0, no_repeat_ngram_size=0, use_cache=True,
-                   eos_token_id=sorted(stops), pad_token_id=tokenizer.pad_token_id)
-    if not greedy:
-        options |= dict(temperature=args.temperature, top_p=1.0, top_k=0, min_p=0.0, typical_p=1.0)
-    in_training = [module for module in model.modules() if module.training]
-    model.eval()  # checkpointed layers would turn the KV cache off
-    found, order = {}, sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))
-    for start in tqdm(range(0, len(order), args.gen_batch), "sampling", leave=False):
-        part = [prompts[i] for i in order[start : start + args.gen_batch]]
-        width = max(len(p.ids) for p in part)  # padded on the left: all end where they go on
-        ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(p.ids)) + p.ids for p in part])
-        mask = torch.tensor([[0] * (width - len(p.ids)) + [1] * len(p.ids) for p in part])
-        with autocast(args):
-            out = model.generate(input_ids=ids.to(args.device),
-                                 attention_mask=mask.to(args.device), **options)
-        for i, p, tokens in zip(order[start:], part, out[:, width:].tolist()):
-            end = next((t + 1 for t, token in enumerate(tokens) if token in stops), len(tokens))
-            found[i] = Example(p.ids + tokens[:end], len(p.ids))
-    for module in in_training:
-        module.training = True
-    return [found[i] for i in range(len(prompts))]
-
-
-def write_and_score(model, tokenizer, reward, prompts: list[Prompt], args, greedy=False) -> tuple:
-    """(examples, texts, rewards), one of each a prompt."""
-    examples = generate(model, tokenizer, prompts, args, greedy)
-    texts = [tokenizer.decode(e.ids[e.prompt_len :], skip_special_tokens=True) for e in examples]
-    return examples, texts, rewards_of(reward, prompts, texts, args)
-
-
-def sample_batches(
-    model, tokenizer, reward, prompts: list[Prompt], step: int, count: int, args: argparse.Namespace
-) -> list[list[Row]]:
-    """The batches of the `count` updates after `step`, written by the policy as it is now.
-
-    The prompts follow a shuffled, endless order from a place that the step gives, so that a
-    checkpoint need not hold it. Groups without a difference may give no row: more are drawn.
-    """
-    orders = (random.Random(f"{args.seed} {epoch}") for epoch in itertools.count())
-    endless = (prompt for order in orders for prompt in order.sample(prompts, len(prompts)))
-    endless = itertools.islice(endless, step * groups_needed(1, args), None)
-    rows, batches, groups = [], [], 0
-    while len(batches) < count:
-        if groups >= 20 * groups_needed(count, args):
-            raise Stopped(f"--reward {args.reward}: {groups} groups fill {len(batches)} of {count} "
-                          "batches: rewards within groups are equal; look for other prompts")
-        drawn = list(itertools.islice(endless, groups_needed(count - len(batches), args)))
-        repeated = [p for p in drawn for _ in range(args.group_size)]
-        examples, _, rewards = write_and_score(model, tokenizer, reward, repeated, args)
-        for i in range(0, len(repeated), args.group_size):
-            group = slice(i, i + args.group_size)
-            rows += rows_of_group(examples[group], rewards[group], groups)
-            groups += 1
-        batches = cut_batches(rows, args)
-    return batches[:count]
-
-
-def groups_needed(batches: int, args: argparse.Namespace) -> int:
-    """Prompts to draw for so many batches of whole groups."""
-    if args.group_size > args.batch_size:
-        raise BadInput(f"--group_size {args.group_size}: more than --batch_size {args.batch_size}")
-    return batches * (args.batch_size // args.group_size)
-
-
-def rows_of_group(examples: list[Example], rewards: list[float], number: int) -> list[Row]:
-    rows = zip(examples, rewards, group_advantages(rewards))
-    return [Row([example], number, reward, advantage) for example, reward, advantage in rows]
-
-
-# --- two rewards, for any of the scripts: --reward humanline_grpo.py:math_reward ------------------
-
-
-def math_reward(prompts, completions, answer, **columns) -> list[float]:
-    """1.0 where a completion's final answer is the row's `answer` (GSM8K, MATH), else 0.0.
-
-    The final answer is the last \\boxed{}, else what follows ####, else the last number. Answers
-    are compared exactly as numbers where both are numbers, else as normalised text.
-    """
-    texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
-    golds = [gold_answer(gold) for gold in answer]
-    return [float(gold is not None and same_answer(final_answer(text), gold))
-            for text, gold in zip(texts, golds)]
-
-
-math_reward.usable = lambda columns: gold_answer(columns.get("answer")) is not None
-
-NUMBER = re.compile(r"-?\\[dt]?frac\{-?\d+\}\{\d+\}"
-                    r"|-?\\?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d+)?"
-                    r"(?:\s*/\s*\d+)?\s*\\?%?")
-
-
-def marked_answer(text: str) -> str | None:
-    """What stands in the last \\boxed{} (its braces balanced) or after the last ####."""
-    start = text.rfind("\\boxed{")
-    if start >= 0:
-        depth, begin = 0, start + len("\\boxed")
-        for i in range(begin, len(text)):
-            depth += {"{": 1, "}": -1}.get(text[i], 0)
-            if depth == 0:
-                return text[begin + 1 : i].strip() or None
-    if "####" in text:
-        lines = text.rpartition("####")[2].strip().splitlines()
-        return lines[0].strip() if lines else None
-    return None
-
-
-def final_answer(text: str) -> str | None:
-    numbers = NUMBER.findall(text)
-    return marked_answer(text) or (numbers[-1] if numbers else None)
-
-
-def gold_answer(gold) -> str | None:
-    """The answer that a row holds: marked, or the whole text; None where there is none."""
-    return None if gold is None else marked_answer(str(gold)) or str(gold).strip() or None
-
-
-def as_number(text: str) -> tuple[Fraction, bool] | None:
-    """(value, has a percent sign) of $1,000, 1e3, 3/4, \\frac{3}{4}, 50%, 7 apples; else None."""
-    text = re.sub(r"\\text\{([^{}]*)\}|\\[!,; ]|\\left|\\right", r" \1", text).strip()
-    text = re.sub(r"\\[dt]?frac\{(-?\d+)\}\{(\d+)\}", r"\1/\2", text)
-    text = text.replace("\\", "").replace("$", "")
-    match = re.fullmatch(r"(-?)\s*((?:\d[\d,]*)?(?:\.\d*)?)(?:[eE]([+-]?\d{1,3}))?(?:\s*/\s*(\d+))?"
-                         r"\s*(%?)(?:\s*[A-Za-z°][\w°.\s]*|\s+[A-Za-z].*|\.)?", text)
-    if not match or not re.search(r"\d", match[2]) or (match[4] and not int(match[4])):
-        return None
-    value = Fraction(match[2].replace(",", "").rstrip(".") or "0")
-    value *= Fraction(10) ** int(match[3] or 0)
-    return (-1 if match[1] else 1) * value / int(match[4] or 1), bool(match[5])
-
-
-def same_answer(ours: str | None, gold: str) -> bool:
-    if ours is None:
-        return False
-    a, b = as_number(ours), as_number(gold)
-    if a and b:  # 50% is 0.5, and 50 where only one side writes the sign
-        values = [{value, value / 100} if percent else {value} for value, percent in (a, b)]
-        return a[0] == b[0] if a[1] == b[1] else bool(values[0] & values[1])
-    plain = [re.sub(r"\\text\{([^{}]*)\}", r"\1", x) for x in (ours, gold)]
-    plain = [x.replace("dfrac", "frac").replace("tfrac", "frac") for x in plain]
-    plain = [re.sub(r"\\left|\\right|\\[!,; ]|[\s$]|\.$", "", x).lower() for x in plain]
-    return plain[0] == plain[1]
-
-
-def model_reward(prompts, completions, reward_model=None, **columns) -> list[float]:
-    """The score of a Hugging Face sequence classifier with one output. Its name is in
-    the variable REWARD_MODEL or the column `reward_model`; its chat template is applied."""
-    name = os.environ.get("REWARD_MODEL") or (reward_model or [None])[0]
-    if not name:
-        raise BadInput("model_reward: name the model in REWARD_MODEL or in a column reward_model")
-    tokenizer, model = load_reward_model(name)
-    texts = []
-    for prompt, completion in zip(prompts, completions):
-        text = isinstance(prompt, str)
-        messages = [{"role": "user", "content": prompt}] if text else list(prompt)
-        answer = completion if isinstance(completion, str) else completion[-1]["content"]
-        messages.append({"role": "assistant", "content": answer})
-        texts.append(tokenizer.apply_chat_template(messages, tokenize=False)
-                     if tokenizer.chat_template else messages[-2]["content"] + answer)
-    values = []
-    for i in range(0, len(texts), 16):
-        inputs = tokenizer(texts[i : i + 16], add_special_tokens=not tokenizer.chat_template,
-                           padding=True, return_tensors="pt").to(model.device)
-        inputs.pop("token_type_ids", None)
-        with torch.no_grad():
-            values += model(**inputs).logits[:, 0].float().tolist()
-    return values
-
-
-@functools.lru_cache(maxsize=1)
-def load_reward_model(name: str):
-    tokenizer = AutoTokenizer.from_pretrained(name, padding_side="right")
-    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
-    model = AutoModelForSequenceClassification.from_pretrained(name, dtype=dtype).eval()
-    if model.config.num_labels != 1:
-        raise BadInput(f"model_reward: {name} has {model.config.num_labels} outputs; it needs one")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id  # finds the last token
-    return tokenizer, model.to("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def pack(batch: list[Row]) -> list:
-    """Sampled rows as lists, which torch.load(weights_only=True) takes."""
-    return [([tuple(e) for e in row.examples], *row._replace(ref_logp=None)[1:]) for row in batch]
-
-
-def unpack(batch: list) -> list[Row]:
-    return [Row([Example(*e) for e in examples], *rest) for examples, *rest in batch]
-
-
-# ==================================================================================================
-# 4. Perception: how a human would see each token's log-ratio
-# ==================================================================================================
-
-
-def perceive(
-    logratio: Tensor, mask: Tensor, mode: str, log_eps_P: float, log_eps_R: float,
-    gamma_P: float, gamma_R: float, beta_P: float = 1.0, beta_R: float = 1.0,
-) -> tuple[Tensor, Tensor, Tensor]:
+# === 1. Perception: how a human would see each token's log-ratio ===
+def perceive(logratio: Tensor, mask: Tensor, mode: str, log_eps_P: float, log_eps_R: float,
+             gamma_P: float, gamma_R: float, beta_P=1.0, beta_R=1.0) -> tuple:
     """Humanline clipping or sampling (paper, section 4), upstream of any loss.
 
     logratio, mask: (B, T), nats. Returns the perceived log-ratio (B, T), 0 on padding, and which
-    tokens lost their gradient on the low (P) and on the high (R) side, (B, T) bool.
-
-    "clip"    z clamped to [log_eps_P, log_eps_R]: the gradient is exactly 0 outside, 1 inside.
-    "sample"  a token is rejected, that is keeps its value but no gradient, when
-              π_θ/π_ref < M_P · B_P  or  π_ref/π_θ < M_R · B_R,  with draws B ~ Beta(γ, β) per token
-              and M the response's largest such ratio. Clipping is its limit (theorem 4.3).
-    "off"     z as it is.
+    tokens lost their gradient on the low (P) and the high (R) side, (B, T) bool. "clip": clamped,
+    the gradient is 0 outside the bounds, 1 inside. "sample", of which that is the limit (theorem
+    4.3): a token keeps its value but no gradient if π_θ/π_ref < M_P B_P or π_ref/π_θ < M_R B_R,
+    with draws B ~ Beta(γ, β) per token, M the response's largest such ratio.
     """
     z = torch.where(mask, logratio, 0.0)  # masked first: padding never meets a clamp or an exp
     if mode == "off":
         return z, torch.zeros_like(mask), torch.zeros_like(mask)
     if mode == "clip":
         return z.clamp(log_eps_P, log_eps_R), mask & (z < log_eps_P), mask & (z > log_eps_R)
-    value = z.detach()
-    log_M_P = value.masked_fill(~mask, -math.inf).amax(-1, keepdim=True)  # (B, 1)
-    log_M_R = (-value).masked_fill(~mask, -math.inf).amax(-1, keepdim=True)  # (B, 1)
-    low = mask & (value < log_M_P + sample_log_beta(gamma_P, beta_P, value))
-    high = mask & (-value < log_M_R + sample_log_beta(gamma_R, beta_R, value))
-    return torch.where(low | high, value, z), low, high
+    def rejected(value, gamma, beta):  # a draw that underflows rejects nothing
+        draws = torch.distributions.Beta(*value.new_tensor([gamma, beta])).sample(value.shape)
+        log_M = value.masked_fill(~mask, -math.inf).amax(-1, keepdim=True)  # (B, 1)
+        return mask & (value < log_M + draws.log())
+
+    low, high = rejected(z.detach(), gamma_P, beta_P), rejected(-z.detach(), gamma_R, beta_R)
+    return torch.where(low | high, z.detach(), z), low, high
 
 
-def sample_log_beta(a: float, b: float, like: Tensor) -> Tensor:
-    """Logs of Beta(a, b) draws, one for each element of `like`.
-
-    Beta = G_a / (G_a + G_b) of Gamma draws, and log G_a = log G_{a+1} + log(U) / a: a draw with
-    a = 0.01 would underflow, its logarithm does not.
-    """
-    log_a, log_b = (
-        torch._standard_gamma(torch.full_like(like, shape + 1)).log()
-        + torch.rand_like(like).clamp_min(torch.finfo(like.dtype).tiny).log() / shape
-        for shape in (a, b)
-    )
-    return log_a - torch.logaddexp(log_a, log_b)
-
-
-# ==================================================================================================
-# 5. Loss
-# ==================================================================================================
-
-
-def grpo_loss(
-    logratio: Tensor, perceived: Tensor, mask: Tensor, advantage: Tensor,
-    epsilon: float, beta: float,
-) -> Tensor:
-    """GRPO (Shao et al. 2024, equation 3) of perceived log-ratios, with the k3 estimate of
-    KL(π_θ ‖ π_ref) of the raw ones (equation 4).
-
-    logratio, perceived, mask: (B, T), nats; advantage: (B,). Returns token losses (B, T), 0 where
-    masked. Exponents are bounded to ±20: plain GRPO would overflow to NaN.
-    """
+# === 2. Loss ===
+def grpo_loss(logratio: Tensor, perceived: Tensor, mask: Tensor, advantage: Tensor,
+              epsilon: float, beta: float) -> Tensor:
+    """GRPO (Shao et al. 2024, equation 3) of perceived log-ratios, and of raw ones the k3 estimate
+    of KL(π_θ ‖ π_ref) (equation 4). logratio, perceived, mask: (B, T), nats; advantage: (B,).
+    Returns token losses (B, T), 0 where masked. Exponents are bounded: else plain GRPO overflows."""
     z = torch.where(mask, logratio, 0.0).clamp(-20, 20)
     ratio = torch.where(mask, perceived, 0.0).clamp(-20, 20).exp()  # (B, T)
     advantage = advantage[:, None]  # (B, 1)
@@ -794,481 +101,481 @@ def grpo_loss(
     return torch.where(mask, beta * kl - surrogate, 0.0)
 
 
-# ==================================================================================================
-# 6. Training
-# ==================================================================================================
+def group_advantages(rewards: list[float]) -> list[float]:
+    """(reward − mean) / (std + 1e-4) over a whole group, population std (Shao et al. 2024, section
+    4.1.2). Exactly 0 where all are equal: 0.7 seven times minus its mean is not so."""
+    mean, std = statistics.fmean(rewards), statistics.pstdev(rewards)
+    equal = max(rewards) == min(rewards)
+    return [0.0 if equal else (reward - mean) / (std + 1e-4) for reward in rewards]
 
 
-class Stopped(RuntimeError):
-    """The run cannot go on; what is on disk is whole."""
+# === 3. The reference: no second model, but the policy's log-probs, frozen at a sync ===
+class Row(NamedTuple):
+    examples: list[Example]  # [response]; of a prompt for rollouts one without response
+    reward: float = 0.0
+    advantage: float = 0.0  # over its whole group: the responses to its prompt
+    source: dict | None = None  # the row of the data, for the reward
+    ref_logp: list[Tensor] | None = None  # for each example (T,) on the CPU, nats
+
+    @property
+    def prompt(self) -> tuple[int, ...]:
+        return tuple(self.examples[0].ids[: self.examples[0].prompt_len])
 
 
-def autocast(args: argparse.Namespace):
-    """Precision: weights, gradients and AdamW float32; matrix products bf16 on CUDA, float32 on a
-    CPU; the log-softmax and all that follows float32."""
-    return torch.autocast(args.device, torch.bfloat16, enabled=args.device == "cuda")
-
-
-def temperature_of(args: argparse.Namespace) -> float:
-    """Of policy and reference alike: what was sampled at a temperature has its log-probs there."""
-    return args.temperature if args.sample_every else 1.0
-
-
-def plan(model, rows: list[Row], micro_tokens: int) -> list[list[int]]:
-    """The micro-batches of an update, as indices. Scoring and training use the same cut: where the
-    policy has not moved since it scored them, the log-ratios are exactly 0."""
-    return micro_batches(model, [row.examples for row in rows], micro_tokens)
+def policy_logps(model, batch: list[Row], args):
+    """By micro-batch: its rows (indices), logp and mask (B, T). Scoring and training both cut here:
+    where the policy has not moved, log-ratios are exactly 0. Precision: matrix products are bf16 on
+    CUDA; weights, gradients, AdamW and log-softmax float32."""
+    temperature = args.temperature if args.sample_every else 1.0  # as the samples were drawn
+    for micro in micro_batches(model, [row.examples for row in batch], args.micro_tokens):
+        examples = [example for i in micro for example in batch[i].examples]
+        with torch.autocast(args.device, torch.bfloat16, enabled=args.device == "cuda"):
+            logp, mask = response_logps(model, examples, temperature)  # (B, T)
+        yield micro, logp, mask
 
 
 @torch.no_grad()
-def score(model, rows: list[Row], args: argparse.Namespace, title: str = "") -> list[list[Tensor]]:
-    """Log-probs of all responses under the policy as it is now, each (T,) float32 on the CPU."""
-    scored = {}
-    hide = not (title and rows)
-    for micro in tqdm(plan(model, rows, args.micro_tokens), title, leave=False, disable=hide):
-        examples = [e for i in micro for e in rows[i].examples]
-        with autocast(args):
-            logp, _ = response_logps(model, examples, temperature_of(args))  # (B, T)
-        lines = iter([line[: len(e.ids) - e.prompt_len] for line, e in zip(logp.cpu(), examples)])
-        scored |= {i: [next(lines) for _ in rows[i].examples] for i in micro}
-    return [scored[i] for i in range(len(rows))]
+def score(model, batch: list[Row], args) -> list[Row]:
+    """The batch with ref_logp: what the policy as it is now thinks of its responses."""
+    scored = list(batch)
+    for micro, logp, mask in policy_logps(model, batch, args):
+        lines = iter([row[real] for row, real in zip(logp.cpu(), mask.cpu())])
+        for i in micro:
+            ref_logp = [next(lines) for _ in batch[i].examples]
+            scored[i] = batch[i]._replace(source=None, ref_logp=ref_logp)
+    return scored
 
 
-def with_reference(rows: list[Row], scores: list[list[Tensor]]) -> list[Row]:
-    return [row._replace(ref_logp=logp) for row, logp in zip(rows, scores)]
+def next_window(model, queue: deque, rollouts, more: int, args) -> deque:
+    """The next k batches (k = 0: all), scored by the policy; if none is left it writes `more`."""
+    if not queue and more:
+        queue.extend(sample_batches(model, rollouts, more, args))
+    bar = tqdm(range(args.sync_every or len(queue)), "scoring", leave=False, delay=2)
+    return deque([score(model, queue.popleft(), args) for _ in bar if queue])
 
 
-def next_window(model, stream, size: int, args: argparse.Namespace, title: str = ""):
-    """The next `size` batches, with the policy as it is now for their reference: it scores each of
-    their rows once, batch by batch, in the same cut as in training."""
-    batches, scores = list(itertools.islice(stream, size)), {}
-    for batch in tqdm(batches, title, unit=" batches", leave=False, disable=not title):
-        fresh = [row for row in batch if id(row) not in scores]
-        scores |= zip(map(id, fresh), score(model, fresh, args))
-    return collections.deque(with_reference(b, [scores[id(row)] for row in b]) for b in batches)
-
-
-def refill(writer, stretch, step: int, steps: int, args) -> tuple:
-    """The window after update `step` and the rest of its stretch; a window never spans two.
-    writer: model, tokenizer, reward and prompts, for sampling."""
-    size = args.sync_every or args.sample_every
-    window = next_window(writer[0], stretch, size, args)
-    if not window and args.sample_every and step < steps:
-        count = min(args.sample_every, steps - step)
-        stretch = iter(sample_batches(*writer, step, count, args))
-        window = next_window(writer[0], stretch, size, args)
-    return window, stretch
-
-
-def accumulate_gradient(model, batch: list[Row], args: argparse.Namespace) -> dict[str, float]:
-    """Forward and backward of one update, micro-batch by micro-batch; returns its metrics."""
-    lengths = [len(e.ids) - e.prompt_len for row in batch for e in row.examples]
-    tokens = sum(lengths)  # every mean is over the whole update, so that the cut changes nothing
-    sums = collections.Counter()  # of tensors: a GPU is asked for them once an update
-    forwards = []  # the examples of each, for their padding
-    for micro in plan(model, batch, args.micro_tokens):
-        examples = [batch[i].examples[0] for i in micro]
-        forwards.append(examples)
-        ref_logp = [batch[i].ref_logp[0] for i in micro]
-        ref_logp = pad_sequence(ref_logp, batch_first=True)  # (B, T)
-        advantage = torch.tensor([batch[i].advantage for i in micro])  # (B,)
-        advantage = advantage.to(args.device, non_blocking=True)
-        with autocast(args):
-            logp, mask = response_logps(model, examples, temperature_of(args))  # (B, T)
+# === 4. One update ===
+def accumulate_gradient(model, batch: list[Row], mode: str, args) -> dict[str, float]:
+    """Forward and backward of one update; returns its metrics."""
+    examples = [row.examples[0] for row in batch]
+    lengths = [len(e.ids) - e.prompt_len for e in examples]
+    tokens = sum(lengths)  # means are over the whole update, however it is cut
+    sums, moved = Counter(), torch.zeros(len(batch), device=args.device)
+    for micro, logp, mask in policy_logps(model, batch, args):
+        ref_logp = pad_sequence([x for i in micro for x in batch[i].ref_logp], batch_first=True)
         logratio = logp - ref_logp.to(args.device, non_blocking=True)  # (B, T)
-        # Humanline clipping: one clamp of every token's log-ratio, before the loss sees it.
-        perceived, low, high = perceive(logratio, mask, args.humanline, args.log_eps_P,
-                                        args.log_eps_R, args.gamma_P, args.gamma_R)
+        advantage = torch.tensor([batch[i].advantage for i in micro]).to(args.device)  # (B,)
+        # Humanline clipping: one clamp of each token's log-ratio, before the loss sees it.
+        perceived, low, high = perceive(
+            logratio, mask, mode, args.log_eps_P, args.log_eps_R, args.gamma_P, args.gamma_R)
         losses = grpo_loss(logratio, perceived, mask, advantage, args.epsilon, args.beta)  # (B, T)
-        (losses.sum() / tokens).backward()
-
-        z, seen = torch.where(mask, logratio.detach(), 0.0).clamp(-20, 20), perceived.detach()
-        over = (seen > math.log1p(args.epsilon)) & (advantage[:, None] > 0)
-        under = (seen.clamp(-20, 20).exp() < 1 - args.epsilon) & (advantage[:, None] < 0)
+        if torch.is_grad_enabled():
+            (losses.sum() / tokens).backward()
+        z, A = torch.where(mask, logratio.detach(), 0.0), advantage[:, None]
+        seen, kl = perceived.detach().exp(), grpo_loss(z, z, mask, 0 * advantage, 1.0, 1.0)
+        cut = (seen > 1 + args.epsilon) & (A > 0) | (seen < 1 - args.epsilon) & (A < 0)
+        moved[micro] = z.sum(-1)
         sums.update({
             "loss": losses.detach().sum() / tokens,
-            "kl": (torch.exp(-z) + z - 1).sum() / tokens,
-            "ppo_clipped": (mask & (over | under)).sum() / tokens,
+            "kl": kl.sum() / tokens,
+            "ppo_clipped": (mask & cut).sum() / tokens,
             "unclipped": (mask & ~low & ~high).sum() / tokens,
             "clipped_low": low.sum() / tokens,
             "clipped_high": high.sum() / tokens,
-            "abs_logratio": torch.where(mask, logratio.detach(), 0.0).abs().sum() / tokens,
+            "abs_logratio": z.abs().sum() / tokens,
         })
-    groups, rewards = groups_of(batch), [row.reward for row in batch]
-    limit = args.max_new_tokens  # of a sampled response; offline --max_length cuts the whole
-    if not args.sample_every:
-        lengths, limit = [len(row.examples[0].ids) for row in batch], args.max_length
-    return {
-        "tokens": sum(len(e.ids) for row in batch for e in row.examples),
-        **dict(zip(sums, torch.stack(list(sums.values())).tolist())),
-        "reward": statistics.fmean(rewards),
-        "reward_std": statistics.pstdev(rewards),
+    rewards, moved = [row.reward for row in batch], moved.tolist()
+    places = sorted(range(len(batch)), key=lambda i: batch[i].prompt)
+    groups = [[*group] for _, group in itertools.groupby(places, key=lambda i: batch[i].prompt)]
+    ahead = [(moved[i] > moved[j]) + (moved[i] == moved[j]) / 2 for group in groups
+             for i, j in itertools.permutations(group, 2) if rewards[i] > rewards[j]]
+    cut = [n >= args.max_new_tokens if args.sample_every else len(e.ids) >= args.max_length
+           for n, e in zip(lengths, examples)]
+    sums.update(tokens=sum(len(e.ids) for e in examples), agreement=sum(ahead) / max(1, len(ahead)))
+    return {name: float(value) for name, value in sums.items()} | {
+        "reward": statistics.fmean(rewards), "reward_std": statistics.pstdev(rewards),
         "abs_advantage": statistics.fmean(abs(row.advantage) for row in batch),
-        "frac_zero_std": statistics.fmean(all(r.advantage == 0 for r in group) for group in groups),
-        "response_length": tokens / len(batch),
-        "cut_off": statistics.fmean(length >= limit for length in lengths),
-        "padded": padded_share(model, forwards),
-    }
+        "frac_zero_std": statistics.fmean(len({rewards[i] for i in g}) == 1 for g in groups),
+        "response_length": tokens / len(batch), "cut_off": sum(cut) / len(batch)}
 
 
-def wins(margin: Tensor) -> Tensor:
-    """1 where the first is ahead, 0 where it is behind, ½ where they are even, as at the start."""
-    return (margin.sign() + 1) / 2
+# === 5. Data ===
+def load_rows(source: str, limit: int | None, read: Callable) -> list[Row]:
+    """The first rows of a file or Hub data set, as tokens."""
+    name, config, split = (source.split(":") + ["", ""])[:3]
+    kind = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}.get(Path(source).suffix)
+    options = {"data_files": source} if kind else {"name": config or None}
+    with errors_in(f"{source}: missing, empty or broken"):
+        data = load_dataset(kind or name, split=split or "train", **options)
+    rows, dropped = [], 0
+    for i, row in zip(range(limit or len(data)), tqdm(data, "reading", leave=False, delay=2)):
+        with errors_in(f"{source}: row {i + 1} (columns {', '.join(row)})"):
+            found = read(row)
+        rows += found
+        dropped += not found
+    print(f"{source}: {len(rows)} rows; {dropped} too long or with nothing to learn: dropped")
+    return rows
 
 
-# ==================================================================================================
-# 7. Saving and evaluation
-# ==================================================================================================
+GROUPS = (("completions", "rewards"), ("all_generated_responses", "all_rm_scores"))
 
 
-def evaluate(model, eval_rows: list[Row], args: argparse.Namespace) -> dict[str, float]:
-    """Within held-out groups, how often the order of two responses' log-ratios agrees with that of
-    their rewards (½ where the policy is even): the raw log-ratio against the *initial* policy that
-    scored eval_rows, so that numbers compare whatever k is."""
-    now = score(model, eval_rows, args, "evaluating")
-    moved = [(x[0] - row.ref_logp[0]).sum().item() for x, row in zip(now, eval_rows)]
-    moved = iter(moved)
-    ahead = []  # for each pair of responses, by how much the policy prefers the better one
-    for group in groups_of(eval_rows):
-        scored = [(row.reward, next(moved)) for row in group]
-        for (a, x), (b, y) in itertools.combinations(scored, 2):
-            if a != b:
-                ahead.append(x - y if a > b else y - x)
-    return {"eval_agreement": wins(torch.tensor(ahead)).mean().item()} if ahead else {}
+def encode_row(tokenizer, reward, args, row: dict) -> list[Row]:
+    """A scored group, or one {prompt, completion, reward}, as tokens; [] is a row to drop."""
+    name, scores = next((names for names in GROUPS if names[0] in row), ("completion", "reward"))
+    texts, rewards = row.get(name), row.get(scores)
+    if name == "completion":
+        texts, rewards = [texts], [rewards]
+    if type(texts) is not list or type(rewards) is not list or len(texts) != len(rewards):
+        raise BadInput(f"{name} and {scores} are not two lists of one length")
+    if not all(type(x) in (int, float) and math.isfinite(x) for x in rewards):
+        raise BadInput(f"{scores} must be finite numbers, not {rewards!r:.60}")
+    found = [encode(tokenizer, prompt_in(row), text, args.max_length, args.raw,
+                    args.system_prompt, name) for text in texts]
+    rows = [] if None in found else zip(found, rewards)
+    return [Row([example], float(x), source=row) for example, x in rows]
 
 
-def evaluate_reward(model, tokenizer, reward, prompts: list[Prompt], step: int, args) -> dict:
-    """Mean reward on held-out prompts, greedy and sampled; all responses go to samples.jsonl."""
+def hold_out(rows: list[Row], others: list[Row], args) -> tuple[list[Row], list[Row]]:
+    """Rows to train on, and those held out, of others if any; no prompt is in both."""
+    prompts = list(dict.fromkeys(row.prompt for row in others or rows))
+    size = len(prompts) if others else min(128, len(prompts) // 20)
+    size = size if args.eval_size is None else min(args.eval_size, len(prompts))
+    held_out = set(random.Random(args.seed).sample(prompts, size))
+    kept = [row for row in rows if row.prompt not in held_out]
+    print(f"{len(kept)} rows to train on, {size} prompts held out")
+    return kept, [row for row in others or rows if row.prompt in held_out]
+
+
+def make_batches(rows: list[Row], args) -> list[list[Row]]:
+    """All batches of the run, of whole groups, filled until none fits; each epoch has its order."""
+    groups, batches, epoch = {}, [], 0
+    for row in rows:
+        groups.setdefault(row.prompt, []).append(row)
+    for prompt, group in groups.items():
+        advantages = group_advantages([row.reward for row in group])
+        groups[prompt] = [row._replace(advantage=a) for row, a in zip(group, advantages)]
+    sizes = [len(group) for group in groups.values()]
+    if min(sizes) < 2 or max(sizes) > args.batch_size:
+        raise BadInput(f"a group has {min(sizes)} or {max(sizes)} responses: at least 2 are needed, "
+                       "at most --batch_size")
+    while len(batches) < args.steps if args.steps else epoch < args.epochs:
+        batch, epoch = [], epoch + 1
+        for group in random.Random(f"{args.seed} {epoch}").sample([*groups.values()], len(groups)):
+            if len(batch) + len(group) > args.batch_size:
+                batches.append(batch)
+                batch = []
+            batch = batch + group
+        batches += [batch] * (len(batch) + min(sizes) > args.batch_size)  # else it is ragged
+    return batches[: args.steps]
+
+
+# === 6. Rollouts: the policy writes responses, a reward scores them ===
+def encode_prompt_row(tokenizer, reward, args, row: dict) -> list[Row]:
+    """The prompt of a row as tokens; [] is a row to drop."""
+    ids, *_ = encode_prompt(tokenizer, prompt_in(row), args.raw, args.system_prompt)
+    usable = getattr(reward, "usable", bool)(row)  # can it read the row's answer
+    fits = len(ids) + args.max_new_tokens <= args.max_length
+    return [Row([Example(ids, len(ids))], source=row)] if usable and fits else []
+
+
+def roll_out(model, rollouts, rows: list[Row], temperature: float, args) -> tuple:
+    """Examples, texts, rewards: one for each prompt. The reward is called as TRL calls it."""
+    ids, prompts = [list(row.prompt) for row in rows], [prompt_in(row.source) for row in rows]
+    with torch.autocast(args.device, torch.bfloat16, enabled=args.device == "cuda"):
+        examples, texts = sample_responses(model, rollouts.tokenizer, ids, args.max_new_tokens,
+                                           temperature, args.gen_batch, args.raw)
+    answers = [text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+               for prompt, text in zip(prompts, texts)]
+    columns = {name: [row.source[name] for row in rows] for name in rows[0].source
+               if name not in ("prompt", "prompts", "completion", "completions")}
+    with errors_in(f"--reward {args.reward}"):
+        rewards = rollouts.reward(prompts=prompts, completions=answers, **columns)
+        bad = [i for i, x in enumerate(rewards) if x is None or not math.isfinite(x)]
+        if bad or len(rewards) != len(texts):
+            raise BadInput(f"{len(rewards)} for {len(texts)} responses, not finite: {bad[:9]}")
+    return examples, texts, [float(x) for x in rewards]
+
+
+def sample_batches(model, rollouts, count: int, args) -> list[list[Row]]:
+    """Batches that the policy writes now; prompts are drawn in turn, round and round."""
+    size = args.group_size
+    full = args.batch_size // size * size  # whole groups
+    prompts = [rollouts.prompts[(rollouts.cursor + i) % len(rollouts.prompts)]
+               for i in range(count * full // size) for _ in range(size)]
+    rollouts.cursor += count * full // size
+    examples, _, rewards = roll_out(model, rollouts, prompts, args.temperature, args)
+    groups = [rewards[i : i + size] for i in range(0, len(rewards), size)]
+    advantages = [a for group in groups for a in group_advantages(group)]
+    rows = [Row([e], reward, a) for e, reward, a in zip(examples, rewards, advantages)]
+    return [rows[i : i + full] for i in range(0, len(rows), full)]
+
+
+# --- Two rewards, for any of the scripts: --reward humanline_grpo.py:math_reward ---
+def math_reward(prompts, completions, answer, **columns) -> list[float]:
+    """1.0 where math-verify finds a completion's final answer equal to the row's `answer`."""
+    from math_verify import verify
+    texts = [text if isinstance(text, str) else text[-1]["content"] for text in completions]
+    return [float(gold is not None and verify(final_answer(str(gold), True), final_answer(text)))
+            for gold, text in zip(answer, texts)]
+
+
+@functools.lru_cache(maxsize=4096)
+def final_answer(text: str, gold=False) -> list:
+    """As math-verify reads it: the last \\boxed{}, what follows the last ####, else the text."""
+    from math_verify import parse
+    if "\\boxed" in text:
+        return parse(text[text.rindex("\\boxed") :])
+    if "####" in text:
+        text = text.rpartition("####")[2].strip().partition("\n")[0]
+    elif " " in text.strip() and not gold:  # prose
+        return parse(text)
+    return parse(f"\\boxed{{{text.strip()}}}")
+
+
+math_reward.usable = lambda row: bool(final_answer(str(row.get("answer") or ""), True))
+
+
+def model_reward(prompts, completions, **columns) -> list[float]:
+    """The score of a sequence classifier with one output, named in the variable REWARD_MODEL."""
+    (tokenizer, model), texts, scores = load_reward_model(os.environ["REWARD_MODEL"]), [], []
+    for prompt, answer in zip(prompts, completions):
+        prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        answer = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
+        texts.append(tokenizer.apply_chat_template([*prompt, *answer], tokenize=False))
+    for i in range(0, len(texts), 16):
+        inputs = tokenizer(texts[i : i + 16], add_special_tokens=False, padding=True,
+                           return_token_type_ids=False, return_tensors="pt").to(model.device)
+        with torch.no_grad():
+            scores += model(**inputs).logits.float().squeeze(-1).tolist()
+    return scores
+
+
+@functools.lru_cache(maxsize=1)
+def load_reward_model(name: str) -> tuple:
+    dtype, device = torch.float32, "cpu"
+    if torch.cuda.is_available():
+        dtype, device = torch.bfloat16, "cuda"
+    tokenizer = AutoTokenizer.from_pretrained(name, padding_side="right")
+    model = AutoModelForSequenceClassification.from_pretrained(name, num_labels=1, dtype=dtype)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id  # finds the last token
+    return tokenizer, model.eval().to(device)
+
+
+# === 7. Evaluation ===
+EVALUATED = ("agreement",)
+SHOWN = ("step", "loss", "reward", "kl", "ppo_clipped", "unclipped",
+         "abs_logratio", "grad_norm", "tokens_per_second")
+
+
+def evaluate(model, rows: list[Row], rollouts, step: int, args) -> dict[str, float]:
+    """Held-out rows, raw and against the *initial* policy, so that all k compare; rewards."""
     metrics = {}
-    for mode in ("greedy", "sampled") if prompts else ():
-        greedy = mode == "greedy"
-        _, texts, rewards = write_and_score(model, tokenizer, reward, prompts, args, greedy)
-        metrics[f"eval_reward_{mode}"] = statistics.fmean(rewards)
+    if rows:
+        with torch.no_grad():
+            found = accumulate_gradient(model, rows, "off", args)
+        metrics = {f"eval_{name}": found[name] for name in EVALUATED}
+    modes = {"greedy": 0.0, "sampled": args.temperature} if rollouts.held_out else {}
+    for mode, temperature in modes.items():
+        _, texts, rewards = roll_out(model, rollouts, rollouts.held_out, temperature, args)
+        metrics[f"eval_reward_{mode}"] = sum(rewards) / len(rewards)
         with open(Path(args.output_dir) / "samples.jsonl", "a") as file:
-            for p, text, value in zip(prompts, texts, rewards):
-                line = {"step": step, "mode": mode, "prompt": p.text, "response": text}
-                file.write(json.dumps(line | {"reward": value}) + "\n")
+            for row, text, x in zip(rollouts.held_out, texts, rewards):
+                line = {"step": step, "mode": mode, "prompt": prompt_in(row.source)}
+                file.write(json.dumps(line | {"response": text, "reward": x}) + "\n")
     return metrics
 
 
-def save_checkpoint(folder: Path, step: int, state: dict) -> None:
-    """Write step-NNNNNN.pt and keep the last two. It is renamed to that name when it is whole, so a
-    kill leaves the others; with a full disk the run stops, with the part of a file gone."""
-    path, partial = folder / f"step-{step:06d}.pt", folder / f"writing-step-{step:06d}.pt"
-    try:
-        with open(partial, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except (OSError, RuntimeError) as error:
-        partial.unlink(missing_ok=True)
-        raise Stopped(f"{path}: not written ({error}); those before it are whole: make room, "
-                      "then go on with --resume") from error
-    for old in sorted(folder.glob("step-*.pt"))[:-2]:
-        old.unlink()
-
-
-def load_checkpoint(folder: Path, run: dict) -> dict | None:
-    """The newest whole checkpoint, or None; says which it passes over.
-
-    Raises BadInput where that one is of another run: other arguments, data or script.
-    """
-    for path in sorted(folder.glob("step-*.pt"), reverse=True):
-        try:
-            with zipfile.ZipFile(path) as file:  # torch.load does not look at the checksums
-                attributes = [name.filename for name in file.infolist() if name.external_attr]
-                fault = file.testzip() or ", ".join(attributes)  # torch writes none
-            state = None if fault else torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # damage may raise anything; the file is passed over, not hidden
-            fault = error
-        if fault:
-            print(f"{path}: damaged ({fault}), passed over and renamed to damaged-{path.name}")
-            path.rename(folder / f"damaged-{path.name}")
-            continue
-        other = [f"{name} {state['run'].get(name)}, not {value}" for name, value in run.items()
-                 if state["run"].get(name) != value]
-        if other:
-            raise BadInput(f"--resume: {path} was made with {'; with '.join(other)}; give the same "
-                           "arguments, or another --output_dir")
-        print(f"resuming from {path}")
-        return state
-    if (folder / "final").exists():
-        raise BadInput(f"--resume: no whole checkpoint in {folder}, but a policy in final/; "
-                       "add --overwrite instead to replace it, or name another --output_dir")
-    print(f"--resume: no whole checkpoint in {folder}, so it starts over")
-    return None
-
-
-def save_final(model, tokenizer, folder: Path) -> None:
-    """A Hugging Face folder: float32 safetensors and tokenizer, named `final` when it is whole."""
-    partial, final = folder / "writing-final", folder / "final"
-    try:
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-    except Exception as error:  # safetensors has an error of its own for a full disk
-        shutil.rmtree(partial, ignore_errors=True)
-        raise Stopped(f"{final}: not written ({error}); the last checkpoint is whole: make room, "
-                      "then go on with --resume") from error
-    shutil.rmtree(final, ignore_errors=True)
-    partial.rename(final)
-    print(f"the trained policy is in {final}")
-
-
-SHOWN = {  # what the line on the screen has of metrics.jsonl
-    "loss": "+.4f", "reward": "+.3f", "kl": ".4f", "ppo_clipped": ".3f",
-    "unclipped": ".3f", "abs_logratio": ".4f",
-    "grad_norm": ".2f", "padded": ".3f", "tokens_per_second": ",.0f",
-    "eval_agreement": ".3f",
-    "eval_reward_greedy": "+.3f", "eval_reward_sampled": "+.3f",
-}
-
-
-def log(folder: Path, metrics: dict) -> None:
+def log(metrics: dict, args) -> None:
     """One dict feeds the line on the screen and metrics.jsonl."""
-    shown = [f"{name} {metrics[name]:{form}}" for name, form in SHOWN.items() if name in metrics]
-    tqdm.write(" | ".join([f"step {metrics['step']:5d}/{metrics['steps']}", *shown]))
-    try:
-        with open(folder / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(metrics) + "\n")
-    except OSError as error:
-        raise Stopped(f"{folder}/metrics.jsonl: not written ({error}); make room, then --resume")
+    shown = [name for name in metrics if name in SHOWN or name.startswith("eval")]
+    tqdm.write(" | ".join(f"{name} {metrics[name]:.4g}" for name in shown))
+    with open(Path(args.output_dir) / "metrics.jsonl", "a") as file:
+        file.write(json.dumps(metrics) + "\n")
 
 
-def peak_memory_gib(args: argparse.Namespace) -> float:
-    """Of the GPU's tensors on CUDA, of the whole process on a CPU."""
-    if args.device == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**30
-    kilo = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilo / 2**30
+# === 8. Arguments, checkpoints, main ===
+def number(above: float, below: float = math.inf, kind: type = float) -> Callable:
+    """An argparse type: a finite number strictly between two bounds."""
+    def number(text):
+        if not above < kind(text) < below:
+            raise argparse.ArgumentTypeError(f"{text} is not between {above} and {below}")
+        return kind(text)
+    return number
 
 
-# ==================================================================================================
-# 8. Main
-# ==================================================================================================
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line; (*) marks a default that the paper does not give."""
+    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+                                     usage="%(prog)s --model NAME [flags]")
+    positive, size, count = number(0), number(0, kind=int), number(-1, kind=int)
+    add = parser.add_argument_group("model and data").add_argument
+    add("--model", required=True, help="folder or Hub id")
+    add("--data", default="princeton-nlp/llama3-ultrafeedback-armorm", help="file or Hub id")
+    add("--eval_data", help="held-out rows; None: of --data")
+    add("--eval_size", type=count, help="prompts; None: min(128, 5%%) (*)")
+    add("--max_rows", type=size, help="first rows of --data")
+    add("--raw", action="store_true", help="no chat template")
+    add("--system_prompt", help="before every prompt")
+    add("--max_length", type=number(1, kind=int), default=2048, help="of an example (*)")
+    add("--output_dir", default="runs/grpo", help="for all that is written")
+    add("--resume", action="store_true", help="go on from the checkpoint")
+    add("--overwrite", action="store_true", help="replace a run")
+    add = parser.add_argument_group("method").add_argument
+    add("--humanline", choices=["clip", "sample", "off"], default="clip", help="perception")
+    add("--log_eps_P", type=number(-math.inf, 0), default=-1.5, help="lower bound, nats")
+    add("--log_eps_R", type=positive, default=1.5, help="upper bound, nats")
+    add("--gamma_P", type=positive, default=0.5, help="B_P ~ Beta(gamma_P, 1)")
+    add("--gamma_R", type=positive, default=0.01, help="B_R ~ Beta(gamma_R, 1)")
+    add("--sync_every", type=count, default=16, help="k: updates between syncs; 0: never")
+    add("--plain", action="store_true", help="no clipping, no syncing")
+    add("--beta", type=number(-1e-9), default=1e-4, help="weight of the KL estimate")
+    add("--epsilon", type=positive, default=0.2, help="PPO's clip of the perceived ratio (*)")
+    add = parser.add_argument_group("rollouts; --data then holds prompts").add_argument
+    add("--sample_every", type=count, default=0, help="n: updates between them; 0 = never")
+    add("--reward", help="FILE.py:FUNCTION; see README.md")
+    add("--group_size", type=number(1, kind=int), default=8, help="responses to a prompt")
+    add("--temperature", type=positive, default=0.7, help="of samples, log-probs")
+    add("--max_new_tokens", type=size, default=512, help="of a response (*)")
+    add("--gen_batch", type=size, default=128, help="responses at once (*)")
+    add = parser.add_argument_group("training").add_argument
+    add("--steps", type=size, help="updates; None: by --epochs")
+    add("--epochs", type=size, default=1, help="passes over the data (*)")
+    add("--batch_size", type=size, default=64, help="responses, in whole groups")
+    add("--micro_tokens", type=size, default=16384, help="of a forward (*)")
+    add("--lr", type=number(0, 1), default=1e-6, help="of AdamW, after the warm-up (*)")
+    add("--lr_decay", action="store_true", help="linear, 0 at the last update")
+    add("--warmup", type=count, default=10, help="updates (*)")
+    add("--max_grad_norm", type=positive, default=1.0, help="bound of the gradient (*)")
+    add("--activation_checkpointing", action="store_true", help="slower, less memory")
+    add("--eval_every", type=count, default=100, help="updates; 0 = never (*)")
+    add("--save_every", type=count, default=100, help="updates; 0 = never (*)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="or cpu")
+    add("--seed", type=number(-1, 2**32, int), default=0, help="of data order and draws")
+    args = parser.parse_args(argv)
+    if args.sample_every and args.group_size > args.batch_size:
+        parser.error("--group_size: it is larger than --batch_size")
+    if args.plain:
+        args.humanline, args.sync_every = "off", 0
+    return args
 
 
-def load_tokenizer(args: argparse.Namespace):
-    """The tokenizer. Raises BadInput where it is missing or --max_length is beyond the model."""
-    try:
+def load_policy(args) -> tuple:
+    """The policy, float32 and without dropout, and its tokenizer."""
+    with errors_in(f"--model {args.model}"):
         tokenizer = AutoTokenizer.from_pretrained(args.model)
-        config = AutoConfig.from_pretrained(args.model).get_text_config()
-    except Exception as error:  # whatever a broken folder or the Hub raises, its message says it
-        raise BadInput(f"--model {args.model}: {' '.join(str(error).split())}") from error
-    context = getattr(config, "max_position_embeddings", None) or -1  # -1: any length
-    if 0 < context < args.max_length:
-        raise BadInput(f"--max_length {args.max_length}: the context is {context}; lower it")
-    if tokenizer.eos_token_id is None:
-        raise BadInput(f"--model {args.model}: the tokenizer has no EOS token; set its eos_token")
-    if tokenizer.pad_token_id is None:
-        print("the tokenizer has no pad token: EOS takes its place")
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
-def load_policy(tokenizer, example: Example, longest: Example, args: argparse.Namespace):
-    """The policy in float32, dropout off. Raises BadInput where its weights are not fit."""
-    try:  # the dtype is named since transformers would keep a bf16, which small updates do not move
-        model, info = AutoModelForCausalLM.from_pretrained(
-            args.model, dtype=torch.float32, output_loading_info=True)
-    except Exception as error:
-        raise BadInput(f"--model {args.model}: {' '.join(str(error).split())}") from error
-    rows = model.get_input_embeddings().weight.shape[0]
-    bad = [name for name, weight in model.named_parameters() if not weight.isfinite().all()]
-    if info["missing_keys"] or bad:
-        names = ", ".join([*info["missing_keys"], *bad][:3])
-        raise BadInput(f"--model {args.model}: weights missing or not finite: {names}; mend it")
-    if len(tokenizer) > rows:
-        raise BadInput(f"--model {args.model}: {len(tokenizer)} tokens in the tokenizer, {rows} "
-                       "embeddings; use the model's own tokenizer")
-    model.to(args.device).eval()  # for the whole run: there is no dropout in scoring or in training
-    check_model(model, example)
-    check_sharing(model, longest)
-    if args.activation_checkpointing:
+        config = AutoConfig.from_pretrained(args.model)
+        for name in [name for name in vars(config.get_text_config()) if "drop" in name]:
+            setattr(config.get_text_config(), name, 0.0)
+        model, info = AutoModelForCausalLM.from_pretrained(  # bf16 would miss small updates
+            args.model, config=config, dtype=torch.float32, output_loading_info=True)
+        if info["missing_keys"]:
+            raise BadInput(f"weights are missing: {', '.join(sorted(info['missing_keys'])[:3])}")
+        check_model(model.to(args.device).eval(), tokenizer, args.max_length)
+    if args.activation_checkpointing:  # it works in training mode only
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
-        for module in model.modules():  # works in training mode only; what is inside stays in eval
-            if isinstance(module, GradientCheckpointingLayer):
-                module.training = True
-    return model
+        model.train()
+    return model, tokenizer
 
 
-def describe(model, tokenizer, rows: list[Row], eval_rows: list[Row], args) -> None:
-    """What to look at before a long run."""
-    weights = sum(weight.numel() for weight in model.parameters())
-    print(f"{weights / 1e6:,.1f}M parameters; weights, gradients, AdamW: {weights / 2**26:.2f} GiB")
-    if not rows:
-        return
-    tokens = sum(len(e.ids) for row in rows for e in row.examples)
-    ids, cut = rows[0].examples[0]
-    scores = score(model, rows[:256], args, "data quality")
-    means = torch.stack([logp.mean() for row in scores for logp in row])
-    low, middle, high = means.quantile(torch.tensor([0.25, 0.5, 0.75])).tolist()
-    print(f"{len(rows)} rows to train on with {tokens:,} tokens, {len(eval_rows)} rows held out",
-          "an example, its trained part in ⟦⟧: "
-          f"{tokenizer.decode(ids[:cut])}⟦{tokenizer.decode(ids[cut:])}⟧",
-          f"quartiles of responses' mean token log-prob: {low:.2f} {middle:.2f} {high:.2f} nats",
-          "  (nearer 0 is closer to what the policy writes itself, and more useful; in the paper",
-          "  the worst quarter, [−1.03, −0.36], trained significantly worse)", sep="\n")
-
-
-def main(args: argparse.Namespace) -> dict:
-    """Train; returns the summary: evaluation `before` and `after`, steps, tokens, seconds, memory.
-
-    Raises BadInput before anything is written, Stopped where the run cannot go on.
-    """
-    check_args(args)
+def main(args: argparse.Namespace) -> None:
+    """Train. Raises BadInput where it cannot."""
+    folder, k, n = Path(args.output_dir), args.sync_every, args.sample_every
+    if folder.exists() and not (args.resume or args.overwrite):
+        raise BadInput(f"--output_dir {folder} exists; add --resume or --overwrite")
+    with errors_in(f"--reward {args.reward} is no FILE.py:FUNCTION"):
+        path, _, function = (args.reward or "").rpartition(":")
+        reward = runpy.run_path(path)[function] if n or args.reward else None
     torch.manual_seed(args.seed)
-    if args.device == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
-    tokenizer = load_tokenizer(args)
-    reward = load_reward(args.reward) if args.reward else None
-    rows, eval_rows = ([], []) if args.sample_every else load_data(tokenizer, args)
-    prompts, eval_prompts = prompt_sets(tokenizer, reward, eval_rows, args) if reward else ([], [])
-    n, k = args.sample_every, args.sync_every
-    steps, epoch = 0, 0  # all epochs of the run are cut here: one that cannot be says so now
-    while rows and (steps < args.steps if args.steps else epoch < args.epochs):
-        steps, epoch = steps + len(epoch_batches(rows, epoch, args)), epoch + 1
-    if n:
-        steps = -(-args.epochs * len(prompts) // groups_needed(1, args))
-    steps = args.steps or steps
-    first = rows[0].examples[0] if rows else Example(prompts[0].ids * 2, len(prompts[0].ids))
-    examples = [example for row in rows + eval_rows for example in row.examples]
-    longest = max(examples, key=lambda e: len(e.ids), default=None)
-    if n:  # as long as a sample may become
-        ids = first.ids[: first.prompt_len]
-        longest = Example((ids * args.max_length)[: args.max_length], len(ids))
-    model = load_policy(tokenizer, first, longest, args)
-    used = {id(row) for batch in epoch_batches(rows, 0, args) for row in batch} if rows else ()
-    ragged = sum(id(row) not in used for row in rows)
-    if n:
-        print(f"{steps} updates on samples to {len(prompts)} prompts, {len(eval_prompts)} held out")
-    else:
-        print(f"{steps} updates; {ragged} rows of an epoch fill no batch and are left out of it")
-
-    data = [[row.examples for row in rows + eval_rows], [p.ids for p in prompts + eval_prompts]]
-    digest = hashlib.sha256(repr(data).encode()).hexdigest()
-    run = {"script": Path(__file__).stem, "data with SHA-256": digest, "updates": steps}
-    run |= {f"--{name}": value for name, value in vars(args).items()
-            if name not in ("resume", "overwrite", "output_dir", "plain")}
-    folder = Path(args.output_dir)
-    state = load_checkpoint(folder, run) if args.resume else None
-    folder.mkdir(parents=True, exist_ok=True)
-    for old in ["writing-*"] if state else ["writing-*", "step-*.pt", "final"]:
-        for path in folder.glob(old):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    for file in (folder / "metrics.jsonl", folder / "samples.jsonl")[: 2 if reward else 1]:
-        lines = file.read_text().splitlines(True) if state and file.exists() else []
-        lines = [x for x in lines if x.endswith("\n") and json.loads(x)["step"] <= state["step"]]
-        (folder / "writing-lines").write_text("".join(lines))
-        os.replace(folder / "writing-lines", file)
-
+    model, tokenizer = load_policy(args)
+    read = functools.partial(encode_prompt_row if n else encode_row, tokenizer, reward, args)
+    others = load_rows(args.eval_data, None, read) if args.eval_data else []
+    rows, eval_rows = hold_out(load_rows(args.data, args.max_rows, read), others, args)
+    if len(rows) < (1 if n else args.batch_size):
+        raise BadInput(f"{len(rows)} rows fill no batch; lower --batch_size or --eval_size")
+    held_out = list({row.prompt: row for row in eval_rows}.values()) if reward else []
+    rollouts = SimpleNamespace(tokenizer=tokenizer, reward=reward, held_out=held_out,
+                               prompts=random.Random(args.seed).sample(rows, len(rows)), cursor=0)
+    queue = deque([] if n else make_batches(rows, args))  # has no reference yet
+    steps = len(queue) or args.steps or math.ceil(args.epochs * len(rows) / args.batch_size)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
-    if state:
-        model.load_state_dict(state.pop("model"))
-        optimizer.load_state_dict(state.pop("optimizer"))
-        done, before, after = state["step"], state["before"], state["after"]
-        seconds, tokens = state["seconds"], state["tokens"]
-        eval_rows = with_reference(eval_rows, state["eval_scores"])
+
+    run = vars(args) | {"script": Path(__file__).name, "rows": len(rows), "updates": steps}
+    run |= dict.fromkeys(("resume", "overwrite", "output_dir"))  # may differ
+    state, checkpoint = {"run": run, "step": -1}, folder / "checkpoint.pt"
+    if args.resume:
+        with errors_in(f"--resume: {checkpoint}"):
+            torch.serialization.add_safe_globals([Row, Example, deque])
+            state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    if state["run"] != run:
+        raise BadInput(f"--resume: it ran with {dict(state['run'].items() - run.items())}")
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in folder.glob("*.jsonl"):  # what came after the checkpoint is undone
+        lines = [x for x in file.open() if x[-1] == "\n" and json.loads(x)["step"] <= state["step"]]
+        file.write_text("".join(lines))
+    if args.resume:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        eval_rows, window, rollouts.cursor = state["eval_rows"], state["window"], state["cursor"]
+        queue = state["queue"] if n else deque([*queue][state["step"] + len(window) :])
     else:
-        describe(model, tokenizer, rows, eval_rows, args)
-        done, seconds, tokens = 0, 0.0, 0
-        eval_rows = with_reference(eval_rows, score(model, eval_rows, args, "held-out rows"))
-        before = evaluate(model, eval_rows, args) if eval_rows else {}
-        before |= evaluate_reward(model, tokenizer, reward, eval_prompts, 0, args)
-        after = before
-        log(folder, {"step": 0, "steps": steps, **before})
-    writer = model, tokenizer, reward, prompts
-    # A stretch is what is trained on until the policy writes anew: offline the run, else n updates.
-    batches = (batch for epoch in itertools.count() for batch in epoch_batches(rows, epoch, args))
-    stretch, size = itertools.islice(batches, done, steps), k or n or steps
-    if state and n:
-        stretch = iter([unpack(batch) for batch in state["stretch"]])
-    if state:
-        window = collections.deque(with_reference(b, x) for x, b in zip(state["window"], stretch))
-        torch.set_rng_state(state["rng"])
-        if args.device == "cuda":
-            torch.cuda.set_rng_state(state["cuda_rng"])
-    else:  # k = 0 is one window that spans the run: the reference is the initial policy for ever
-        started = time.perf_counter()
-        if n:
-            stretch = iter(sample_batches(*writer, 0, min(n, steps), args))
-        window = next_window(model, stretch, size, args, "scoring for the reference")
+        eval_rows = [] if n else score(model, eval_rows, args)
+        means = [logp.mean() for row in eval_rows for logp in row.ref_logp] or [torch.zeros(())]
+        quartiles = torch.stack(means).quantile(torch.tensor([0.25, 0.5, 0.75])).numpy().round(2)
+        ids, cut = rows[0].examples[0]
+        print(f"{tokenizer.decode(ids[:cut])}⟦{tokenizer.decode(ids[cut:])}⟧ (⟦⟧: trained)\n"
+              f"quartiles of held-out mean token log-probs, better near 0: {quartiles}")
+        log({"step": 0} | evaluate(model, eval_rows, rollouts, 0, args), args)
+        window = next_window(model, queue, rollouts, min(n, steps), args)
+
+    for step in tqdm(range(max(0, state["step"]) + 1, steps + 1), "training", leave=False):
+        started, batch = time.perf_counter(), window.popleft()
+        torch.manual_seed(args.seed * 10**6 + step)  # no generator in a checkpoint
+        metrics = {"step": step} | accumulate_gradient(model, batch, args.humanline, args)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm).item()
+        if not math.isfinite(norm + metrics["loss"]):
+            raise BadInput(f"update {step}: loss {metrics['loss']}, gradient norm {norm}; "
+                           "it is not applied; try a lower --lr")
+        decay = (steps - step) / max(1, steps - args.warmup) if args.lr_decay else 1
+        optimizer.param_groups[0]["lr"] = lr = args.lr * min(1, step / max(1, args.warmup), decay)
+
+        # Humanline syncing. When its k batches are used up, the window is filled anew: the policy
+        # as it still is, before this update, scores the next k batches and so is their reference,
+        # which lags one update. Scored after it they would meet that same policy: with k = 1 all
+        # log-ratios would be 0 and nothing ever clipped.
+        if k > 0 and not window:
+            window = next_window(model, queue, rollouts, min(n, steps - step), args)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if k == 0 and not window:  # the online baseline: n = 1 is exactly on-policy
+            window = next_window(model, queue, rollouts, min(n, steps - step), args)
+
         seconds = time.perf_counter() - started
-
-    # SIGINT and SIGTERM: the update is finished and saved first; a second one stops at once.
-    signals, stop = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}, []
-    for s in signals:
-        signal.signal(s, lambda s, _: os._exit(128 + s) if stop else stop.append(s))
-    bar = tqdm(total=steps, initial=done, desc="training", unit="update")
-    try:
-        for step in range(done + 1, steps + 1):
-            started, batch = time.perf_counter(), window.popleft()
-            metrics = {"step": step, "steps": steps, **accumulate_gradient(model, batch, args)}
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm).item()
-            if not math.isfinite(norm + metrics["loss"]):
-                raise Stopped(f"update {step}: loss {metrics['loss']}, gradient norm {norm}; it "
-                              "was not applied, checkpoints are from before it; try a lower --lr")
-            for group in optimizer.param_groups:
-                group["lr"] = args.lr * min(1.0, step / max(1, args.warmup))
-
-            # Humanline syncing. When its k batches are used up, the window is filled anew: the
-            # policy as it still is, before this update, (samples and) scores the next k batches and
-            # so is their reference, which lags one update. Scored after the update they would meet
-            # that same policy: with k = 1 all log-ratios would be 0 and nothing ever clipped.
-            if k > 0 and not window:
-                window, stretch = refill(writer, stretch, step, steps, args)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            if k == 0 and not window:  # the online baseline: n = 1 is exactly on-policy
-                window, stretch = refill(writer, stretch, step, steps, args)
-
-            took, last = time.perf_counter() - started, step == steps
-            speed = metrics["tokens"] / took
-            seconds, tokens = seconds + took, tokens + metrics["tokens"]
-            metrics |= {"grad_norm": norm, "lr": optimizer.param_groups[0]["lr"], "tokens": tokens,
-                        "tokens_per_second": speed, "seconds": seconds,
-                        "peak_memory_gib": peak_memory_gib(args)}
-            if last or args.eval_every and step % args.eval_every == 0:
-                after = evaluate(model, eval_rows, args) if eval_rows else {}
-                after |= evaluate_reward(model, tokenizer, reward, eval_prompts, step, args)
-                metrics |= after
-            log(folder, metrics)
-            bar.update()
-            if last or stop or args.save_every and step % args.save_every == 0:
-                if not all(weight.isfinite().all() for weight in model.parameters()):
-                    raise Stopped(f"update {step}: its weights are not finite; the checkpoints are "
-                                  "from before it; try a lower --lr")
-                rest = list(stretch) if n else []  # of a stretch that nothing could make again
-                stretch = iter(rest) if n else stretch
-                save_checkpoint(folder, step, {
-                    "run": run, "step": step, "before": before, "after": after,
-                    "seconds": seconds, "tokens": tokens, "rng": torch.get_rng_state(),
-                    "model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                    "cuda_rng": torch.cuda.get_rng_state() if args.device == "cuda" else None,
-                    # the weights that scored these are gone
-                    "window": [[row.ref_logp for row in batch] for batch in window],
-                    "stretch": [pack(batch) for batch in [*window, *rest]] if n else None,
-                    "eval_scores": [row.ref_logp for row in eval_rows],
-                })
-            if stop:
-                print(f"stopped by signal {stop[0]} after update {step}; go on with --resume")
-                raise SystemExit(128 + stop[0])
-    finally:
-        bar.close()
-        for s, handler in signals.items():
-            signal.signal(s, handler)
-    save_final(model, tokenizer, folder)
-    return {"before": before, "after": after, "steps": steps, "tokens": tokens, "seconds": seconds,
-            "tokens_per_second": tokens / max(seconds, 1e-9), "output_dir": str(folder),
-            "peak_memory_gib": peak_memory_gib(args)}
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
+        peak = torch.cuda.max_memory_allocated() / 2**30 if args.device == "cuda" else peak
+        metrics |= {"grad_norm": norm, "lr": lr, "seconds": seconds, "peak_memory_gib": peak,
+                    "tokens_per_second": metrics["tokens"] / seconds}
+        if step == steps or args.eval_every and step % args.eval_every == 0:
+            metrics |= evaluate(model, eval_rows, rollouts, step, args)
+        log(metrics, args)
+        if step == steps or args.save_every and step % args.save_every == 0:
+            state = {"run": run, "step": step, "eval_rows": eval_rows, "window": window,
+                     "queue": queue if n else None, "cursor": rollouts.cursor,
+                     "model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            torch.save(state, folder / "checkpoint.tmp")
+            (folder / "checkpoint.tmp").replace(checkpoint)  # whole, or the one before it
+    model.save_pretrained(folder / "final")
+    tokenizer.save_pretrained(folder / "final")
+    print(f"the trained policy is in {folder / 'final'}")
 
 
 if __name__ == "__main__":
     try:
         main(parse_args())
-    except (BadInput, Stopped) as error:
+    except BadInput as error:
         sys.exit(f"error: {error}")
     except torch.cuda.OutOfMemoryError:
-        sys.exit("error: out of GPU memory; lower --micro_tokens or add --activation_checkpointing")
+        sys.exit("error: out of memory; lower --micro_tokens or add --activation_checkpointing")
     except KeyboardInterrupt:
-        sys.exit(130)
+        sys.exit(f"stopped; go on from the checkpoint: python {' '.join(sys.argv)} --resume")
