@@ -32,8 +32,8 @@ def errors_in(where: str):
     try:
         yield
     except Exception as error:
-        words = str(error.__cause__ or error) or repr(error)
-        raise BadInput(f"{where}: {' '.join(words.split())}") from error
+        words = (str(error.__cause__ or error) or repr(error)).split()
+        raise BadInput(f"{where}: {' '.join(words)}") from error
 
 
 class Example(NamedTuple):
@@ -53,8 +53,7 @@ def as_messages(value: str | list[dict], role: str, name: str) -> list[dict]:
     messages = value if isinstance(value, list) else [{"role": role, "content": value}]
     for m in messages:
         if not isinstance(m, dict) or m.get("role") not in ROLES or type(m.get("content")) != str:
-            raise BadInput(f"{name} is neither a text nor messages of a role ({', '.join(ROLES)}) "
-                           f"and a content that is a text: {m!r:.60}")
+            raise BadInput(f"{name} is no text, nor messages with a role and a text: {m!r:.60}")
         if m["content"] != m["content"].encode(errors="ignore").decode():
             raise BadInput(f"{name} has a lone surrogate, no character; write the file as UTF-8")
     if not messages or not messages[-1]["content"].strip():
@@ -103,8 +102,7 @@ def encode_prompt(tokenizer, prompt: str | list[dict], raw=False, system=None) -
 
     prompt: messages, or a string, which is a user message where there is a template, unless raw.
     system: a system message to put before. Raises BadInput for an empty prompt, what is no text or
-    message, messages without a template, and what the template refuses.
-    """
+    message, messages without a template, and what the template refuses."""
     messages = as_messages(prompt, "user", "the prompt")
     if messages[-1]["role"] == "assistant":
         raise BadInput("the prompt ends with an assistant message; drop that")
@@ -121,10 +119,9 @@ def encode(tokenizer, prompt: str | list[dict] | None, response: str | list[dict
     """Token ids of a prompt and a response, at most max_length; None if the prompt leaves no room.
 
     response: a string, an assistant message in a list, or a whole dialogue that brings its prompt.
-    It becomes what the template puts after the prompt up to its end of turn; where the whole does
-    not start with the prompt's rendering (reasoning templates), its text and the end of turn. Cut
-    at max_length it has no end. Raises BadInput as encode_prompt does, about what `name` names.
-    """
+    It becomes what the template puts after the prompt, up to the end of turn; where that does not
+    start as the prompt does (reasoning templates), its text and the end of turn; cut, it has no
+    end. Raises BadInput as encode_prompt does, about what `name` names."""
     *dialogue, answer = as_messages(response, "assistant", name)
     if answer["role"] != "assistant":
         raise BadInput(f"{name} ends with no assistant message; drop what follows it")
@@ -151,6 +148,7 @@ def sample_responses(model, tokenizer, prompts: list[list[int]], max_new_tokens:
                      temperature: float, batch_size: int, raw=False) -> tuple[list, list[str]]:
     """One response a prompt (token ids) from π_θ at a temperature (0: greedy): as Examples, with an
     end of turn unless cut off, and as texts. torch's global generator draws."""
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     eos = model.generation_config.eos_token_id  # none, one or several
     _, end = end_of_turn(tokenizer, "" if raw else str(tokenizer.chat_template or ""))
     stops = {tokenizer.eos_token_id, end[-1], *(eos if isinstance(eos, list) else [eos])} - {None}
@@ -206,8 +204,8 @@ class TokenLogps(torch.autograd.Function):
             h, g = hidden[part].to(ctx.dtype), -grad[part, None]  # (rows, H), (rows, 1)
             logits = head_logits(h, w, ctx.cap)  # (rows, V)
             slope = 1 - (logits / ctx.cap) ** 2 if ctx.cap else None
-            # d logp / d logits = onehot(target) − softmax(logits). d is its negative, and the factor
-            # of a row is applied where that costs H and not V multiplications.
+            # d logp / d logits = onehot(target) − softmax(logits). d is its negative; the factor of
+            # a row is applied where that costs H and not V multiplications.
             d = logits.sub_(lse[part]).exp_()
             d.scatter_add_(-1, target[part, None], torch.full_like(g, -1.0))
             d = (d.mul_(slope) if ctx.cap else d).to(ctx.dtype)
@@ -314,8 +312,9 @@ def response_logps(model, examples: list[Example], temperature=1.0) -> tuple[Ten
 @torch.no_grad()
 def check_model(model, tokenizer, max_length: int) -> None:
     """Refuse a model that these helpers cannot serve. Set model.row_tokens, up to which responses
-    to one prompt share a row: 2 H, or 0 if the model does not keep them apart on the longest row
-    that can occur, of random tokens (some families forget their window where they get a mask)."""
+    to one prompt share a row: 2 H (in longer ones attention under a mask eats what sharing saves),
+    or 0 if the model does not keep them apart on the longest row that can occur, of random tokens:
+    some families forget their window where they get a mask."""
     config, size = model.config.get_text_config(), len(model.get_input_embeddings().weight)
     broken = [name for name, weight in model.named_parameters() if not weight.isfinite().all()]
     if tokenizer.eos_token_id is None:
@@ -325,7 +324,7 @@ def check_model(model, tokenizer, max_length: int) -> None:
     if len(tokenizer) > size:
         raise BadInput(f"{len(tokenizer)} tokens in the tokenizer, but {size} embeddings")
     if max_length > (getattr(config, "max_position_embeddings", None) or max_length):
-        raise BadInput(f"the context has {config.max_position_embeddings} tokens; lower --max_length")
+        raise BadInput(f"--max_length: the context is {config.max_position_embeddings}; lower it")
     prompt, *responses = torch.randint(size, (3, max_length // 2)).tolist()
     cut, target = len(prompt), responses[0][:32]
     pair = [Example(prompt + response, cut) for response in responses]
@@ -338,5 +337,4 @@ def check_model(model, tokenizer, max_length: int) -> None:
     model.row_tokens, shared = 2 * max_length, apart + torch.inf  # room for both
     with contextlib.suppress(Exception):  # a family that has no use for a mask may raise anything
         shared, _ = response_logps(model, pair)
-    # Attention is not cut at the diagonal under a mask: in longer rows it eats what sharing saves.
     model.row_tokens = 2 * config.hidden_size if (shared - apart).abs().max() < 5e-3 else 0

@@ -352,6 +352,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="or cpu")
     add("--seed", type=number(-1, 2**32, int), default=0, help="of data order and draws")
     args = parser.parse_args(argv)
+    args.prompts_a_batch = args.batch_size  # of rollouts, at least: a group gives a pair
     if args.plain:
         args.humanline, args.sync_every = "off", 0
     return args
@@ -394,7 +395,7 @@ def main(args: argparse.Namespace) -> None:
     rollouts = SimpleNamespace(tokenizer=tokenizer, reward=reward, held_out=held_out,
                                prompts=random.Random(args.seed).sample(rows, len(rows)), cursor=0)
     queue = deque([] if n else make_batches(rows, args))  # has no reference yet
-    steps = len(queue) or args.steps or math.ceil(args.epochs * len(rows) / args.batch_size)
+    steps = len(queue) or args.steps or math.ceil(args.epochs * len(rows) / args.prompts_a_batch)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
 
     run = vars(args) | {"script": Path(__file__).name, "rows": len(rows), "updates": steps}

@@ -26,7 +26,6 @@ perception at its simplest: what lies beyond the bounds is seen as on them, and 
   log ε_P, ε_R    log_eps_P, log_eps_R  bounds. P: too unlikely for the Policy; R: the Reverse
   k, A            sync_every, advantage updates between syncs; (B,)
   ε, β            epsilon, beta         PPO's clip; weight of the KL estimate (k3)
-
 Departures: one reference for ratio and KL (TRL takes the KL to the initial model); std + 1e-4 of
 the population (HALOs 1e-2, TRL the sample's); means are over an update, however it is cut; M_P, M_R
 per response; the reference lags one update on one GPU too; k is counted anew with new samples.
@@ -56,8 +55,7 @@ from datasets import load_dataset
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from common import BadInput, Example, check_model, encode, encode_prompt, errors_in
 from common import micro_batches, prompt_in, response_logps, sample_responses
@@ -92,13 +90,11 @@ def grpo_loss(logratio: Tensor, perceived: Tensor, mask: Tensor, advantage: Tens
               epsilon: float, beta: float) -> Tensor:
     """GRPO (Shao et al. 2024, equation 3) of perceived log-ratios, and of raw ones the k3 estimate
     of KL(π_θ ‖ π_ref) (equation 4). logratio, perceived, mask: (B, T), nats; advantage: (B,).
-    Returns token losses (B, T), 0 where masked. Exponents are bounded: else plain GRPO overflows."""
+    Returns token losses (B, T), 0 where masked. Exponents are bounded: plain GRPO overflows."""
     z = torch.where(mask, logratio, 0.0).clamp(-20, 20)
-    ratio = torch.where(mask, perceived, 0.0).clamp(-20, 20).exp()  # (B, T)
-    advantage = advantage[:, None]  # (B, 1)
-    surrogate = torch.min(ratio * advantage, ratio.clamp(1 - epsilon, 1 + epsilon) * advantage)
-    kl = torch.exp(-z) + z - 1
-    return torch.where(mask, beta * kl - surrogate, 0.0)
+    ratio, A = torch.where(mask, perceived, 0.0).clamp(-20, 20).exp(), advantage[:, None]  # (B, T)
+    surrogate = torch.min(ratio * A, ratio.clamp(1 - epsilon, 1 + epsilon) * A)
+    return torch.where(mask, beta * (torch.exp(-z) + z - 1) - surrogate, 0.0)
 
 
 def group_advantages(rewards: list[float]) -> list[float]:
@@ -158,8 +154,7 @@ def next_window(model, queue: deque, rollouts, more: int, args) -> deque:
 def accumulate_gradient(model, batch: list[Row], mode: str, args) -> dict[str, float]:
     """Forward and backward of one update; returns its metrics."""
     examples = [row.examples[0] for row in batch]
-    lengths = [len(e.ids) - e.prompt_len for e in examples]
-    tokens = sum(lengths)  # means are over the whole update, however it is cut
+    tokens = sum(len(e.ids) - e.prompt_len for e in examples)  # means: over all of an update
     sums, moved = Counter(), torch.zeros(len(batch), device=args.device)
     for micro, logp, mask in policy_logps(model, batch, args):
         ref_logp = pad_sequence([x for i in micro for x in batch[i].ref_logp], batch_first=True)
@@ -189,14 +184,11 @@ def accumulate_gradient(model, batch: list[Row], mode: str, args) -> dict[str, f
     groups = [[*group] for _, group in itertools.groupby(places, key=lambda i: batch[i].prompt)]
     ahead = [(moved[i] > moved[j]) + (moved[i] == moved[j]) / 2 for group in groups
              for i, j in itertools.permutations(group, 2) if rewards[i] > rewards[j]]
-    cut = [n >= args.max_new_tokens if args.sample_every else len(e.ids) >= args.max_length
-           for n, e in zip(lengths, examples)]
-    sums.update(tokens=sum(len(e.ids) for e in examples), agreement=sum(ahead) / max(1, len(ahead)))
     return {name: float(value) for name, value in sums.items()} | {
+        "tokens": sum(len(e.ids) for e in examples), "agreement": sum(ahead) / max(1, len(ahead)),
         "reward": statistics.fmean(rewards), "reward_std": statistics.pstdev(rewards),
-        "abs_advantage": statistics.fmean(abs(row.advantage) for row in batch),
         "frac_zero_std": statistics.fmean(len({rewards[i] for i in g}) == 1 for g in groups),
-        "response_length": tokens / len(batch), "cut_off": sum(cut) / len(batch)}
+        "response_length": tokens / len(batch)}
 
 
 # === 5. Data ===
@@ -217,12 +209,10 @@ def load_rows(source: str, limit: int | None, read: Callable) -> list[Row]:
     return rows
 
 
-GROUPS = (("completions", "rewards"), ("all_generated_responses", "all_rm_scores"))
-
-
 def encode_row(tokenizer, reward, args, row: dict) -> list[Row]:
     """A scored group, or one {prompt, completion, reward}, as tokens; [] is a row to drop."""
-    name, scores = next((names for names in GROUPS if names[0] in row), ("completion", "reward"))
+    forms = ("completions", "rewards"), ("all_generated_responses", "all_rm_scores")
+    name, scores = next((form for form in forms if form[0] in row), ("completion", "reward"))
     texts, rewards = row.get(name), row.get(scores)
     if name == "completion":
         texts, rewards = [texts], [rewards]
@@ -257,14 +247,12 @@ def make_batches(rows: list[Row], args) -> list[list[Row]]:
         groups[prompt] = [row._replace(advantage=a) for row, a in zip(group, advantages)]
     sizes = [len(group) for group in groups.values()]
     if min(sizes) < 2 or max(sizes) > args.batch_size:
-        raise BadInput(f"a group has {min(sizes)} or {max(sizes)} responses: at least 2 are needed, "
-                       "at most --batch_size")
+        raise BadInput(f"a group of {min(sizes)} or {max(sizes)}: not from 2 to --batch_size")
     while len(batches) < args.steps if args.steps else epoch < args.epochs:
         batch, epoch = [], epoch + 1
         for group in random.Random(f"{args.seed} {epoch}").sample([*groups.values()], len(groups)):
             if len(batch) + len(group) > args.batch_size:
-                batches.append(batch)
-                batch = []
+                batches, batch = [*batches, batch], []
             batch = batch + group
         batches += [batch] * (len(batch) + min(sizes) > args.batch_size)  # else it is ragged
     return batches[: args.steps]
@@ -299,16 +287,15 @@ def roll_out(model, rollouts, rows: list[Row], temperature: float, args) -> tupl
 
 def sample_batches(model, rollouts, count: int, args) -> list[list[Row]]:
     """Batches that the policy writes now; prompts are drawn in turn, round and round."""
-    size = args.group_size
-    full = args.batch_size // size * size  # whole groups
+    size, groups = args.group_size, args.prompts_a_batch
     prompts = [rollouts.prompts[(rollouts.cursor + i) % len(rollouts.prompts)]
-               for i in range(count * full // size) for _ in range(size)]
-    rollouts.cursor += count * full // size
+               for i in range(count * groups) for _ in range(size)]
+    rollouts.cursor += count * groups
     examples, _, rewards = roll_out(model, rollouts, prompts, args.temperature, args)
-    groups = [rewards[i : i + size] for i in range(0, len(rewards), size)]
-    advantages = [a for group in groups for a in group_advantages(group)]
+    starts = range(0, len(rewards), size)
+    advantages = [a for i in starts for a in group_advantages(rewards[i : i + size])]
     rows = [Row([e], reward, a) for e, reward, a in zip(examples, rewards, advantages)]
-    return [rows[i : i + full] for i in range(0, len(rows), full)]
+    return [rows[i * groups * size : (i + 1) * groups * size] for i in range(count)]
 
 
 # --- Two rewards, for any of the scripts: --reward humanline_grpo.py:math_reward ---
@@ -338,29 +325,22 @@ math_reward.usable = lambda row: bool(final_answer(str(row.get("answer") or ""),
 
 def model_reward(prompts, completions, **columns) -> list[float]:
     """The score of a sequence classifier with one output, named in the variable REWARD_MODEL."""
-    (tokenizer, model), texts, scores = load_reward_model(os.environ["REWARD_MODEL"]), [], []
+    judge, texts = load_judge(os.environ["REWARD_MODEL"]), []
     for prompt, answer in zip(prompts, completions):
         prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         answer = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
-        texts.append(tokenizer.apply_chat_template([*prompt, *answer], tokenize=False))
-    for i in range(0, len(texts), 16):
-        inputs = tokenizer(texts[i : i + 16], add_special_tokens=False, padding=True,
-                           return_token_type_ids=False, return_tensors="pt").to(model.device)
-        with torch.no_grad():
-            scores += model(**inputs).logits.float().squeeze(-1).tolist()
-    return scores
+        texts.append(judge.tokenizer.apply_chat_template([*prompt, *answer], tokenize=False))
+    scores = judge(texts, batch_size=16, function_to_apply="none", add_special_tokens=False,
+                   return_token_type_ids=False)
+    return [score["score"] for score in scores]
 
 
 @functools.lru_cache(maxsize=1)
-def load_reward_model(name: str) -> tuple:
-    dtype, device = torch.float32, "cpu"
-    if torch.cuda.is_available():
-        dtype, device = torch.bfloat16, "cuda"
-    tokenizer = AutoTokenizer.from_pretrained(name, padding_side="right")
-    model = AutoModelForSequenceClassification.from_pretrained(name, num_labels=1, dtype=dtype)
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id  # finds the last token
-    return tokenizer, model.eval().to(device)
+def load_judge(name: str):
+    judge = pipeline("text-classification", name, num_labels=1)  # on the GPU if there is one
+    judge.tokenizer.pad_token = judge.tokenizer.pad_token or judge.tokenizer.eos_token
+    judge.model.config.get_text_config().pad_token_id = judge.tokenizer.pad_token_id
+    return judge
 
 
 # === 7. Evaluation ===
@@ -454,8 +434,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="or cpu")
     add("--seed", type=number(-1, 2**32, int), default=0, help="of data order and draws")
     args = parser.parse_args(argv)
-    if args.sample_every and args.group_size > args.batch_size:
-        parser.error("--group_size: it is larger than --batch_size")
+    args.prompts_a_batch = max(1, args.batch_size // args.group_size)
     if args.plain:
         args.humanline, args.sync_every = "off", 0
     return args
@@ -498,7 +477,7 @@ def main(args: argparse.Namespace) -> None:
     rollouts = SimpleNamespace(tokenizer=tokenizer, reward=reward, held_out=held_out,
                                prompts=random.Random(args.seed).sample(rows, len(rows)), cursor=0)
     queue = deque([] if n else make_batches(rows, args))  # has no reference yet
-    steps = len(queue) or args.steps or math.ceil(args.epochs * len(rows) / args.batch_size)
+    steps = len(queue) or args.steps or math.ceil(args.epochs * len(rows) / args.prompts_a_batch)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
 
     run = vars(args) | {"script": Path(__file__).name, "rows": len(rows), "updates": steps}

@@ -2,8 +2,8 @@ r"""Humanline KTO: Kahneman-Tversky optimization on fixed labels that learns as 
 
 Paper: "Humanline: Online Alignment as Perceptual Loss" (arXiv 2509.24207), on top of KTO
 (Ethayarajh et al. 2024, arXiv 2402.01306). People perceive likely and unlikely outcomes with a
-bias, and what the policy samples looks to it as to them: with that bias in the loss, fixed data
-will do. A clamp is perception at its simplest: all beyond the bounds is seen as on them.
+bias, and what the policy samples looks to it as to them: with it in the loss, fixed data will do.
+A clamp is perception at its simplest: all beyond the bounds is seen as on them.
 
   clipping  every token's log-ratio is clamped to [log ε_P, log ε_R] before anything is summed;
   syncing   every k updates the reference becomes the policy as it was just before the update.
@@ -26,10 +26,10 @@ will do. A clamp is perception at its simplest: all beyond the bounds is seen as
   k, β            sync_every, beta      updates between syncs; how fast the value saturates
   ẑ0; λ_D, λ_U    kl; desirable_weight, undesirable_weight
 Departures from the authors' code: ẑ0 and means are over an update, however it is cut; M_P and M_R
-are per response; the reference lags one update on one GPU too (theirs aliases the live weights: the
-method is off); k is counted anew when new samples are written.
+are per response; the reference lags on one GPU too (theirs aliases the live weights: the method is
+off); k is counted anew when new samples are written.
     python humanline_kto.py --model Qwen/Qwen2.5-1.5B-Instruct
-    (update 1 has loss 0.5 and unclipped 1: its own reference. --plain is the baseline.)
+    (update 1 shows loss 0.5 and unclipped 1. --plain is the baseline.)
 """
 
 import argparse
@@ -110,9 +110,8 @@ def policy_logps(model, batch: list[Row], args):
     where the policy has not moved, log-ratios are exactly 0. Precision: matrix products are bf16 on
     CUDA; weights, gradients, AdamW and log-softmax float32."""
     temperature = args.temperature if args.sample_every else 1.0  # as the samples were drawn
-    mismatches = [i for i, row in enumerate(batch) if row.desirable is None]
-    labelled = [i for i, row in enumerate(batch) if row.desirable is not None]
-    for part in (mismatches, labelled):  # apart, since ẑ0 comes first
+    for mismatch in (True, False):  # apart: ẑ0 comes first
+        part = [i for i, row in enumerate(batch) if (row.desirable is None) == mismatch]
         for micro in micro_batches(model, [batch[i].examples for i in part], args.micro_tokens):
             micro = [part[j] for j in micro]
             examples = [batch[i].examples[0] for i in micro]
@@ -145,7 +144,7 @@ def next_window(model, queue: deque, rollouts, more: int, args) -> deque:
 def accumulate_gradient(model, batch: list[Row], mode: str, args) -> dict[str, float]:
     """Forward and backward of one update; returns its metrics."""
     labelled = [row for row in batch if row.desirable is not None]
-    count, good = len(labelled), sum(row.desirable for row in labelled)  # means are over an update
+    count, good = len(labelled), sum(row.desirable for row in labelled)  # over all of an update
     tokens = sum(len(row.examples[0].ids) - len(row.prompt) for row in labelled)
     kl = torch.zeros((), device=args.device)
     sums = Counter(tokens=sum(len(row.examples[0].ids) for row in labelled))
@@ -197,7 +196,7 @@ def load_rows(source: str, limit: int | None, read: Callable) -> list[Row]:
 
 
 def encode_row(tokenizer, reward, args, row: dict) -> list[Row]:
-    """{prompt, completion, label}, or a pair taken apart, as tokens; [] is a row to drop."""
+    """{prompt, completion, label}, or both of a pair, as tokens; [] is a row to drop."""
     labels = {"completion": row.get("label")}
     if "chosen" in row and "label" not in row:
         labels = {"chosen": True, "rejected": False}
@@ -205,9 +204,9 @@ def encode_row(tokenizer, reward, args, row: dict) -> list[Row]:
         raise BadInput(f"label is {row.get('label')!r}; write true or false")
     found = [encode(tokenizer, prompt_in(row), row.get(name), args.max_length, args.raw,
                     args.system_prompt, name) for name in labels]
-    same = found == 2 * found[:1]  # both responses of a pair
+    same = found == 2 * found[:1]  # of a pair
     rows = zip(found, labels.values()) if None not in found and not same else []
-    return [Row([example], bool(label), source=row) for example, label in rows]
+    return [Row([e], bool(label), source=row) for e, label in rows]
 
 
 def hold_out(rows: list[Row], others: list[Row], args) -> tuple[list[Row], list[Row]]:
@@ -228,8 +227,7 @@ def make_batches(rows: list[Row], args) -> list[list[Row]]:
     loader = DataLoader(rows, args.batch_size, shuffle=True, drop_last=True, collate_fn=list,
                         generator=torch.Generator().manual_seed(args.seed))
     epochs = math.ceil(args.steps / len(loader)) if args.steps else args.epochs
-    batches = [batch + mismatched(batch, args) for _ in range(epochs) for batch in loader]
-    return batches[: args.steps]
+    return [x + mismatched(x, args) for _ in range(epochs) for x in loader][: args.steps]
 
 
 def mismatched(batch: list[Row], args) -> list[Row]:
@@ -238,7 +236,7 @@ def mismatched(batch: list[Row], args) -> list[Row]:
     for place, prompt in enumerate(prompts):
         other = next((x for x in prompts[place:] + prompts if x != prompt), None)
         if other is None:
-            raise BadInput("a batch has one prompt only; raise --batch_size")
+            raise BadInput("a batch has one prompt; raise --batch_size")
         rows = [row for row, x in zip(batch, prompts) if x == other]
         ids, start = rows[seen[prompt] % len(rows)].examples[0]
         seen[prompt] += 1
@@ -361,7 +359,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--gamma_R", type=positive, default=0.01, help="B_R ~ Beta(gamma_R, 1)")
     add("--sync_every", type=count, default=1, help="k: updates between syncs; 0: never")
     add("--plain", action="store_true", help="no clipping, no syncing")
-    add("--beta", type=positive, default=0.1, help="how fast the value saturates (*)")
+    add("--beta", type=positive, default=0.1, help="of the value (*)")
     add("--desirable_weight", type=positive, default=1.0, help="λ_D (*)")
     add("--undesirable_weight", type=positive, default=1.0, help="λ_U")
     add = parser.add_argument_group("rollouts; --data then holds prompts").add_argument
@@ -374,7 +372,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument_group("training").add_argument
     add("--steps", type=size, help="updates; None: by --epochs")
     add("--epochs", type=size, default=1, help="passes over the data (*)")
-    add("--batch_size", type=number(1, kind=int), default=64, help="responses of an update")
+    add("--batch_size", type=number(1, kind=int), default=64, help="responses")
     add("--micro_tokens", type=size, default=16384, help="of a forward (*)")
     add("--lr", type=number(0, 1), default=1e-6, help="of AdamW, after the warm-up (*)")
     add("--lr_decay", action="store_true", help="linear, 0 at the last update")
@@ -386,6 +384,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="or cpu")
     add("--seed", type=number(-1, 2**32, int), default=0, help="of data order and draws")
     args = parser.parse_args(argv)
+    args.prompts_a_batch = math.ceil(args.batch_size / args.group_size)  # at least
     if args.plain:
         args.humanline, args.sync_every = "off", 0
     return args
@@ -428,7 +427,7 @@ def main(args: argparse.Namespace) -> None:
     rollouts = SimpleNamespace(tokenizer=tokenizer, reward=reward, held_out=held_out,
                                prompts=random.Random(args.seed).sample(rows, len(rows)), cursor=0)
     queue = deque([] if n else make_batches(rows, args))  # has no reference yet
-    steps = len(queue) or args.steps or math.ceil(args.epochs * len(rows) / args.batch_size)
+    steps = len(queue) or args.steps or math.ceil(args.epochs * len(rows) / args.prompts_a_batch)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
 
     run = vars(args) | {"script": Path(__file__).name, "rows": len(rows), "updates": steps}
