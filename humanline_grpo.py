@@ -485,7 +485,7 @@ def main(args: argparse.Namespace) -> None:
     state, checkpoint = {"run": run, "step": -1}, folder / "checkpoint.pt"
     if args.resume:
         with errors_in(f"--resume: {checkpoint}"):
-            torch.serialization.add_safe_globals([Row, Example, deque])
+            torch.serialization.add_safe_globals([Row, Example])
             state = torch.load(checkpoint, map_location="cpu", weights_only=True)
     if state["run"] != run:
         raise BadInput(f"--resume: it ran with {dict(state['run'].items() - run.items())}")
@@ -496,8 +496,8 @@ def main(args: argparse.Namespace) -> None:
     if args.resume:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        eval_rows, window, rollouts.cursor = state["eval_rows"], state["window"], state["cursor"]
-        queue = state["queue"] if n else deque([*queue][state["step"] + len(window) :])
+        window, eval_rows, rollouts.cursor = deque(state["window"]), state["eval"], state["cursor"]
+        queue = deque(state["queue"] if n else [*queue][state["step"] + len(window) :])
     else:
         eval_rows = [] if n else score(model, eval_rows, args)
         means = [logp.mean() for row in eval_rows for logp in row.ref_logp] or [torch.zeros(())]
@@ -539,8 +539,8 @@ def main(args: argparse.Namespace) -> None:
             metrics |= evaluate(model, eval_rows, rollouts, step, args)
         log(metrics, args)
         if step == steps or args.save_every and step % args.save_every == 0:
-            state = {"run": run, "step": step, "eval_rows": eval_rows, "window": window,
-                     "queue": queue if n else None, "cursor": rollouts.cursor,
+            state = {"run": run, "step": step, "eval": eval_rows, "window": [*window],
+                     "queue": [*queue] if n else [], "cursor": rollouts.cursor,
                      "model": model.state_dict(), "optimizer": optimizer.state_dict()}
             torch.save(state, folder / "checkpoint.tmp")
             (folder / "checkpoint.tmp").replace(checkpoint)  # whole, or the one before it

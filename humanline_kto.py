@@ -3,7 +3,7 @@ r"""Humanline KTO: Kahneman-Tversky optimization on fixed labels that learns as 
 Paper: "Humanline: Online Alignment as Perceptual Loss" (arXiv 2509.24207), on top of KTO
 (Ethayarajh et al. 2024, arXiv 2402.01306). People perceive likely and unlikely outcomes with a
 bias, and what the policy samples looks to it as to them: with it in the loss, fixed data will do.
-A clamp is perception at its simplest: all beyond the bounds is seen as on them.
+A clamp is the simplest perception: beyond its bounds all looks alike.
 
   clipping  every token's log-ratio is clamped to [log ε_P, log ε_R] before anything is summed;
   syncing   every k updates the reference becomes the policy as it was just before the update.
@@ -113,11 +113,11 @@ def policy_logps(model, batch: list[Row], args):
     for mismatch in (True, False):  # apart: ẑ0 comes first
         part = [i for i, row in enumerate(batch) if (row.desirable is None) == mismatch]
         for micro in micro_batches(model, [batch[i].examples for i in part], args.micro_tokens):
-            micro = [part[j] for j in micro]
-            examples = [batch[i].examples[0] for i in micro]
+            examples = [batch[part[j]].examples[0] for j in micro]
             with torch.autocast(args.device, torch.bfloat16, enabled=args.device == "cuda"):
                 logp, mask = response_logps(model, examples, temperature)  # (B, T)
-            yield micro, logp, mask
+            logp = logp.detach() if mismatch else logp  # frees the activations
+            yield [part[j] for j in micro], logp, mask
 
 
 @torch.no_grad()
@@ -155,7 +155,7 @@ def accumulate_gradient(model, batch: list[Row], mode: str, args) -> dict[str, f
         perceived, low, high = perceive(
             logratio, mask, mode, args.log_eps_P, args.log_eps_R, args.gamma_P, args.gamma_R)
         if batch[micro[0]].desirable is None:
-            kl += perceived.detach().sum() / (len(batch) - count)
+            kl += perceived.sum() / (len(batch) - count)
             continue
         desirable = torch.tensor([batch[i].desirable for i in micro]).to(args.device)  # (B,)
         losses = kto_loss(perceived, mask, desirable, kl.clamp_min(0), args.beta,
@@ -223,7 +223,7 @@ def hold_out(rows: list[Row], others: list[Row], args) -> tuple[list[Row], list[
 def make_batches(rows: list[Row], args) -> list[list[Row]]:
     """All batches of the run; each epoch has its order and drops a ragged last batch."""
     if len({row.desirable for row in rows}) < 2:
-        raise BadInput("rows of one class only; add the other")
+        raise BadInput("rows of one class only")
     loader = DataLoader(rows, args.batch_size, shuffle=True, drop_last=True, collate_fn=list,
                         generator=torch.Generator().manual_seed(args.seed))
     epochs = math.ceil(args.steps / len(loader)) if args.steps else args.epochs
@@ -435,7 +435,7 @@ def main(args: argparse.Namespace) -> None:
     state, checkpoint = {"run": run, "step": -1}, folder / "checkpoint.pt"
     if args.resume:
         with errors_in(f"--resume: {checkpoint}"):
-            torch.serialization.add_safe_globals([Row, Example, deque])
+            torch.serialization.add_safe_globals([Row, Example])
             state = torch.load(checkpoint, map_location="cpu", weights_only=True)
     if state["run"] != run:
         raise BadInput(f"--resume: it ran with {dict(state['run'].items() - run.items())}")
@@ -446,8 +446,8 @@ def main(args: argparse.Namespace) -> None:
     if args.resume:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        eval_rows, window, rollouts.cursor = state["eval_rows"], state["window"], state["cursor"]
-        queue = state["queue"] if n else deque([*queue][state["step"] + len(window) :])
+        window, eval_rows, rollouts.cursor = deque(state["window"]), state["eval"], state["cursor"]
+        queue = deque(state["queue"] if n else [*queue][state["step"] + len(window) :])
     else:
         eval_rows = [] if n else score(model, eval_rows, args)
         means = [logp.mean() for row in eval_rows for logp in row.ref_logp] or [torch.zeros(())]
@@ -489,8 +489,8 @@ def main(args: argparse.Namespace) -> None:
             metrics |= evaluate(model, eval_rows, rollouts, step, args)
         log(metrics, args)
         if step == steps or args.save_every and step % args.save_every == 0:
-            state = {"run": run, "step": step, "eval_rows": eval_rows, "window": window,
-                     "queue": queue if n else None, "cursor": rollouts.cursor,
+            state = {"run": run, "step": step, "eval": eval_rows, "window": [*window],
+                     "queue": [*queue] if n else [], "cursor": rollouts.cursor,
                      "model": model.state_dict(), "optimizer": optimizer.state_dict()}
             torch.save(state, folder / "checkpoint.tmp")
             (folder / "checkpoint.tmp").replace(checkpoint)  # whole, or the one before it

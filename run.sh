@@ -55,6 +55,8 @@ case "${1:-demo}" in
       --desirable_weight 1.1 --output_dir runs/kto-qwen2.5-1.5b "$@" ;;
   grpo)  # bounds, k, 8 samples, temperature and KL weight as in the paper's MATH recipe
     install requirements.txt
+    .venv/bin/python -c 'import math_verify' 2>/dev/null ||  # what math_reward compares answers with
+      .venv/bin/pip install --quiet --disable-pip-version-check math-verify==0.9.0
     shift
     run .venv/bin/python humanline_grpo.py --model Qwen/Qwen2.5-1.5B-Instruct \
       --data simplescaling/openaimath --reward humanline_grpo.py:math_reward \
