@@ -26,10 +26,10 @@ A clamp is the simplest perception: beyond its bounds all looks alike.
   k, β            sync_every, beta      updates between syncs; how fast the value saturates
   ẑ0; λ_D, λ_U    kl; desirable_weight, undesirable_weight
 Departures from the authors' code: ẑ0 and means are over an update, however it is cut; M_P and M_R
-are per response; the reference lags on one GPU too (theirs aliases the live weights: the method is
+are per response; the reference lags on one GPU too (theirs aliases live weights: the method is
 off); k is counted anew when new samples are written.
     python humanline_kto.py --model Qwen/Qwen2.5-1.5B-Instruct
-    (update 1 shows loss 0.5 and unclipped 1. --plain is the baseline.)
+    (update 1 shows loss 0.5, unclipped 1; --plain is the baseline)
 """
 
 import argparse
@@ -86,7 +86,7 @@ def perceive(logratio: Tensor, mask: Tensor, mode: str, log_eps_P: float, log_ep
 def kto_loss(logratio: Tensor, mask: Tensor, desirable: Tensor, kl: Tensor, beta: float,
              desirable_weight: float, undesirable_weight: float) -> Tensor:
     """KTO (Ethayarajh et al. 2024, equation 8) of perceived log-ratios (B, T), nats.
-    desirable: (B,) bool; kl: scalar ẑ0, nats. Returns the loss of each response, (B,)."""
+    desirable: (B,) bool; kl: scalar ẑ0, nats. Returns losses (B,)."""
     reward = torch.where(mask, logratio, 0.0).sum(-1)  # (B,)
     gain = desirable_weight * (1 - torch.sigmoid(beta * (reward - kl)))
     loss = undesirable_weight * (1 - torch.sigmoid(beta * (kl - reward)))
@@ -116,7 +116,7 @@ def policy_logps(model, batch: list[Row], args):
             examples = [batch[part[j]].examples[0] for j in micro]
             with torch.autocast(args.device, torch.bfloat16, enabled=args.device == "cuda"):
                 logp, mask = response_logps(model, examples, temperature)  # (B, T)
-            logp = logp.detach() if mismatch else logp  # frees the activations
+            logp = logp.detach() if mismatch else logp  # frees memory
             yield [part[j] for j in micro], logp, mask
 
 
@@ -144,7 +144,7 @@ def next_window(model, queue: deque, rollouts, more: int, args) -> deque:
 def accumulate_gradient(model, batch: list[Row], mode: str, args) -> dict[str, float]:
     """Forward and backward of one update; returns its metrics."""
     labelled = [row for row in batch if row.desirable is not None]
-    count, good = len(labelled), sum(row.desirable for row in labelled)  # over all of an update
+    count, good = len(labelled), sum(row.desirable for row in labelled)  # of an update
     tokens = sum(len(row.examples[0].ids) - len(row.prompt) for row in labelled)
     kl = torch.zeros((), device=args.device)
     sums = Counter(tokens=sum(len(row.examples[0].ids) for row in labelled))

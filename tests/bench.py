@@ -19,6 +19,7 @@ The branch for CUDA has never been run.
 import argparse
 import contextlib
 import copy
+import functools
 import importlib
 import json
 import os
@@ -38,6 +39,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
+
+import common  # noqa: E402
 
 KINDS = {"dpo": "pairs", "kto": "labels", "grpo": "groups"}
 BATCH = {"dpo": 16, "kto": 16, "grpo": 32}  # 32 sequences each, with KTO's mismatched pairs
@@ -182,30 +185,52 @@ def measure_ours(spec: dict) -> dict:
              "sync_every": 1, "output_dir": WORK / "ours", "device": spec["device"], "warmup": 1}
     flags |= spec.get("flags", {})
     argv = [str(x) for name, value in flags.items() for x in (f"--{name}", value)] + ["--overwrite"]
-    rates, batches, accumulate_gradient = [matrix_rate(spec["device"])], [], script.accumulate_gradient
+    rates, seen, scoring = [matrix_rate(spec["device"])], [], []
+    accumulate_gradient, next_window = script.accumulate_gradient, script.next_window
     start = peak_memory(spec["device"])
 
-    def remember(model, batch, args):  # what the floor is of
-        batches.append(batch)
-        return accumulate_gradient(model, batch, args)
+    def remember(model, batch, mode, args):  # what the floor is of
+        if torch.is_grad_enabled():  # no evaluation
+            seen.append((model, batch))
+        return accumulate_gradient(model, batch, mode, args)
 
-    script.accumulate_gradient = remember
+    def timed_window(*given):
+        started = time.perf_counter()
+        window = next_window(*given)
+        scoring.append(time.perf_counter() - started)
+        return window
+
+    script.accumulate_gradient, script.next_window = remember, timed_window
     args = script.parse_args(argv)
     with contextlib.redirect_stdout(sys.stderr):
         script.main(args)
     memory = peak_memory(spec["device"])
     updates = [json.loads(line) for line in open(Path(args.output_dir) / "metrics.jsonl")][1:]
-    first, last, timed = updates[0], updates[-2], batches[1:-1]  # the very last scores no next window
+    first, timed = 0.0, slice(1, -1)  # the very last scores no next window
     if spec.get("whole"):  # from the first scoring on: each batch is trained and scored once, whatever k is
-        first, last, timed = {"tokens": 0, "seconds": 0.0}, updates[-1], batches
-    tokens, seconds = last["tokens"] - first["tokens"], last["seconds"] - first["seconds"]
+        first, timed = scoring[0], slice(None)
+    tokens, seconds = (sum(u[name] for u in updates[timed]) for name in ("tokens", "seconds"))
+    seconds, count = first + seconds, len(updates[timed])
     rates.append(matrix_rate(spec["device"]))
     config = script.AutoConfig.from_pretrained(spec["model"])
     bandwidth = memory_rate(spec["device"])
-    floors = [floor(batch, config, statistics.fmean(rates), bandwidth) for batch in timed]
-    return {"tokens_per_second": tokens / seconds, "seconds": seconds / len(timed), "memory": memory,
-            "before": start, "tokens": tokens / len(timed), "share": sum(floors) / seconds,
-            "matrix_rate": statistics.fmean(rates), "padded": statistics.fmean(u["padded"] for u in updates)}
+    floors = [floor(batch, config, statistics.fmean(rates), bandwidth) for _, batch in seen[timed]]
+    return {"tokens_per_second": tokens / seconds, "seconds": seconds / count, "memory": memory,
+            "before": start, "tokens": tokens / count, "share": sum(floors) / seconds,
+            "matrix_rate": statistics.fmean(rates),
+            "padded": statistics.fmean(padded_share(model, batch, args.micro_tokens) for model, batch in seen)}
+
+
+def padded_share(model, batch: list, micro_tokens: int) -> float:
+    """Share of padding in an update's forwards, which are cut as the scripts' policy_logps cuts them."""
+    tokens = padded = 0
+    mismatched = [getattr(row, "desirable", True) is None for row in batch]
+    for apart in (True, False):  # KTO's mismatched pairs come first
+        units = [row.examples for row, is_one in zip(batch, mismatched) if is_one == apart]
+        for micro in common.micro_batches(model, units, micro_tokens):
+            lengths = common.layout(model, [example for i in micro for example in units[i]])[1]
+            tokens, padded = tokens + sum(lengths), padded + len(lengths) * max(lengths)
+    return 1 - tokens / padded
 
 
 def floor(batch: list, config, rate: float, bandwidth: float) -> float:
@@ -236,13 +261,13 @@ def profile_ours(spec: dict) -> dict:
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     profiler = torch.profiler.profile(activities=activities)
 
-    def watch(model, batch, args):
+    def watch(model, batch, mode, args):
         updates.append(1)
         if len(updates) == 2:
             profiler.start()
         if len(updates) == 3:
             profiler.stop()
-        return inner(model, batch, args)
+        return inner(model, batch, mode, args)
 
     script.accumulate_gradient = watch
     argv = ["--model", spec["model"], "--data", spec["data"], "--steps", 4, "--batch_size", spec["batch"],
@@ -261,8 +286,6 @@ def measure_trl(spec: dict) -> dict:
     """Seconds of the last optimizer step of TRL's trainer, on the same rows."""
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-
-    import common
 
     method, rows = spec["method"], read(spec["data"])
     tokenizer = AutoTokenizer.from_pretrained(spec["model"])
@@ -353,8 +376,8 @@ def measure_usual(spec: dict) -> dict:
     args = script.parse_args([str(x) for x in argv])
     tokenizer = AutoTokenizer.from_pretrained(spec["model"])
     with contextlib.redirect_stdout(sys.stderr):
-        rows, _ = script.load_data(tokenizer, args)
-    batches = script.epoch_batches(rows, 0, args)[:2]
+        rows = script.load_rows(args.data, None, functools.partial(script.encode_row, tokenizer, None, args))
+    batches = script.make_batches(rows, args)[:2]
     policy = AutoModelForCausalLM.from_pretrained(spec["model"], dtype=torch.float32).to(device).eval()
     reference = copy.deepcopy(policy)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-6)
@@ -371,7 +394,7 @@ def measure_usual(spec: dict) -> dict:
     took = []
     for batch in batches:  # the first warms up
         started = time.perf_counter()
-        examples = [row.examples[side] for side in (0, 1) for row in batch]
+        examples = [example for row in batch for example in row.examples]  # chosen, rejected, …
         logp, mask = logps(policy, examples)
         with torch.no_grad():
             ref_logp, _ = logps(reference, examples)

@@ -4,8 +4,12 @@ import json
 import os
 import random
 import sys
+import tempfile
 from pathlib import Path
 
+CACHE = tempfile.TemporaryDirectory()  # what datasets makes of the files, gone with the tests
+os.environ["HF_DATASETS_CACHE"] = CACHE.name
+os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["OMP_NUM_THREADS"] = "1"  # the models are tiny: a second thread only waits for the first
@@ -89,14 +93,20 @@ def flags(policy, data, tmp_path):
     return make
 
 
-@pytest.fixture
-def run(flags):
-    """run(script, "--lr", 1): the summary of a short run."""
-    return lambda script, *more: script.main(script.parse_args(flags(script, *more)))
-
-
 def metrics_of(folder) -> list[dict]:
     return [json.loads(line) for line in open(Path(folder) / "metrics.jsonl")]
+
+
+@pytest.fixture
+def run(flags):
+    """run(script, "--lr", 1): the lines of metrics.jsonl of a short run; the first is step 0."""
+
+    def train(script, *more):
+        args = script.parse_args(flags(script, *more))
+        script.main(args)
+        return metrics_of(args.output_dir)
+
+    return train
 
 
 @pytest.fixture
@@ -105,19 +115,22 @@ def spy(monkeypatch):
     monkeypatch.setitem(common.MAX_PADDING, "cpu", 10**6)  # --micro_tokens alone cuts
 
     def install(script):
-        seen, examples = [], []
-        logps, perceive = script.response_logps, script.perceive
+        seen, current = [], []
+        policy_logps, perceive = script.policy_logps, script.perceive
 
-        def response_logps(model, rows, *args, **kwargs):
-            examples[:] = [rows]
-            return logps(model, rows, *args, **kwargs)
+        def policy_logps_and_tell(model, batch, args):
+            for micro, logp, mask in policy_logps(model, batch, args):
+                current[:] = [batch[i] for i in micro]
+                yield micro, logp, mask
 
         def perceive_and_tell(logratio, mask, *args, **kwargs):
-            if logratio.requires_grad:  # trained, not KTO's reference point
-                seen.append((examples[0], logratio.detach().clone(), mask.clone()))
+            mismatched = getattr(current[0], "desirable", True) is None  # for KTO's reference point
+            if logratio.requires_grad and not mismatched:
+                examples = [example for row in current for example in row.examples]
+                seen.append((examples, logratio.detach().clone(), mask.clone()))
             return perceive(logratio, mask, *args, **kwargs)
 
-        monkeypatch.setattr(script, "response_logps", response_logps)
+        monkeypatch.setattr(script, "policy_logps", policy_logps_and_tell)
         monkeypatch.setattr(script, "perceive", perceive_and_tell)
         return seen
 

@@ -1,8 +1,10 @@
 """Every bad input is one line that says where, what, and how to mend it, before anything is written."""
 
 import json
+import re
 import shutil
 
+import datasets
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -10,8 +12,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import humanline_dpo as dpo
 import humanline_grpo as grpo
 import humanline_kto as kto
-from common import BadInput
+from common import BadInput, encode_prompt
 from conftest import make_rows, metrics_of, write_jsonl
+
+
+def kind_of(script):
+    return script.__name__.removeprefix("humanline_")
 
 
 @pytest.fixture
@@ -28,172 +34,201 @@ def refused(run, tmp_path):
     return check
 
 
-BAD_FLAGS = [
-    ("--lr 0", "--lr 0.0: must be positive and finite"),
-    ("--lr nan", "--lr nan"),
-    ("--lr inf", "--lr inf"),
-    ("--beta 0", "--beta 0.0"),
-    ("--max_grad_norm -1", "--max_grad_norm -1.0"),
-    ("--sync_every -1", "--sync_every -1: must be 0 or more"),
-    ("--log_eps_P=0", "--log_eps_P 0.0: must be below 0"),
-    ("--log_eps_P nan", "--log_eps_P nan"),
-    ("--log_eps_R=-0.1", "--log_eps_R -0.1: must be above 0"),
-    ("--gamma_P 0", "--gamma_P 0.0"),
-    ("--batch_size 0", "--batch_size 0: must be at least"),
-    ("--steps 0", "--steps 0"),
-    ("--epochs 0", "--epochs 0"),
-    ("--seed -1", "--seed -1: must be 0 or more"),
-    ("--warmup -1", "--warmup -1"),
-    ("--micro_tokens 0", "--micro_tokens 0"),
-    ("--max_length 1", "--max_length 1: must be at least 2"),
+# --- flags -----------------------------------------------------------------------------------------
+
+BAD_FLAGS = """
+    --lr 0 | --lr nan | --lr 1 | --lr 1e400 | --lr x | --beta nan | --beta=-0.1 | --max_grad_norm 0
+    --sync_every=-1 | --sync_every 1.5 | --log_eps_P 0 | --log_eps_P nan | --log_eps_P=-inf
+    --log_eps_R 0 | --log_eps_R inf | --gamma_P 0 | --gamma_R=-1 | --humanline clamp
+    --batch_size 0 | --steps 0 | --epochs 0 | --seed=-1 | --warmup=-1 | --micro_tokens 0
+    --max_length 1 | --max_rows 0 | --eval_size=-1 | --save_every=-1 | --eval_every=-1
+    --sample_every=-1 | --group_size 1 | --temperature 0 | --max_new_tokens 0 | --gen_batch 0
+"""
+OWN_FLAGS = [(dpo, "--beta 0"), (kto, "--beta 0"), (kto, "--batch_size 1"), (kto, "--desirable_weight 0"),
+             (kto, "--undesirable_weight inf"), (grpo, "--epsilon 0")]  # fmt: skip
+
+
+def assert_flag_is_refused(script, flags, argv, capsys):
+    with pytest.raises(SystemExit) as error:
+        script.parse_args(flags(script, *argv.split()))
+    flag, value = re.split("[ =]", argv)
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert error.value.code == 2 and f"error: argument {flag}: " in last, last
+    assert re.search(f"{value} is not between .* and |invalid .*'{value}'", last), last
+
+
+@pytest.mark.parametrize("argv", re.split(r"\s*[|\n]\s*", BAD_FLAGS.strip()))
+def test_bad_flags(script, flags, capsys, argv):
+    assert_flag_is_refused(script, flags, argv, capsys)
+
+
+@pytest.mark.parametrize("script, argv", OWN_FLAGS, ids=str)
+def test_bad_flags_of_one_script(script, flags, capsys, argv):
+    assert_flag_is_refused(script, flags, argv, capsys)
+
+
+def test_what_a_flag_may_be(flags):
+    assert grpo.parse_args(flags(grpo, "--beta", 0)).beta == 0
+    assert dpo.parse_args(flags(dpo, "--batch_size", 1, "--sync_every", 0, "--log_eps_P", -1.5)).sync_every == 0
+
+
+def test_a_group_that_fills_no_batch(flags, capsys):
+    with pytest.raises(SystemExit):
+        grpo.parse_args(flags(grpo, "--sample_every", 1, "--group_size", 9))
+    assert "error: --group_size: it is larger than --batch_size" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argv, words", [
     ("--max_length 100000", "the context is 256; lower it"),
-    ("--batch_size 1000", "rows to train on fill no batch of 1000; lower --batch_size"),
-    ("--eval_size 1000", "0 rows to train on fill no batch"),
-    ("--data nowhere.jsonl", "nowhere.jsonl: no such"),
-    ("--data ./nowhere", "./nowhere: no such"),
-    ("--data nobody/nothing", "nobody/nothing: "),
-    ("--model ./nowhere", "--model ./nowhere: must be an existing folder or a Hub id"),
-    ("--model runs/dpo/final", "must be an existing folder"),
+    ("--max_length 3", "0 rows fill no batch"),  # the prompt leaves no room for a response
+    ("--batch_size 1000", "rows fill no batch; lower --batch_size"),
+    ("--eval_size 1000", "0 rows fill no batch; lower --batch_size or --eval_size"),
+    ("--data nowhere.jsonl", "nowhere.jsonl: missing, empty or broken: "),
+    ("--data ./nowhere", "./nowhere: missing, empty or broken: "),
+    ("--data nobody/nothing:main:test", "nobody/nothing:main:test: missing, empty or broken: "),
+    ("--eval_data nowhere.jsonl", "nowhere.jsonl: missing, empty or broken: "),
+    ("--model ./nowhere", "--model ./nowhere: "),
+    ("--model runs/dpo/final", "--model runs/dpo/final: "),
     ("--model nobody/nothing", "--model nobody/nothing: "),
-    ("--max_length 3", "no row is left: the prompt leaves no room for a response; raise --max_length"),
-]
-
-
-@pytest.mark.parametrize("argv, words", BAD_FLAGS, ids=lambda x: x if x.startswith("--") else "")
-def test_bad_flags(script, refused, argv, words):
-    if script is grpo and argv == "--beta 0":
-        pytest.skip("GRPO without a KL term is fine")
+    ("--resume", "checkpoint.pt: "),
+])  # fmt: skip
+def test_what_is_not_there_or_does_not_fit(script, refused, argv, words):
     refused(script, words, *argv.split())
 
 
-BAD_LINES = [  # the second line of the file, and what is said about it
-    (b"{", "bad.jsonl:2: not JSON"),
-    (b"9" * 5000, "bad.jsonl:2: not JSON"),
-    (b"[" * 100_000, "bad.jsonl:2: not JSON"),
-    (b"[1, 2]", "bad.jsonl:2: no object but b'[1, 2]'"),
-    (b'{"prompt": "\xff"}', "bad.jsonl:2: not UTF-8"),
-]
+# --- files and rows --------------------------------------------------------------------------------
+
+BAD_LINES = {"cut": b'{"prompt": "a', "number": b"9" * 5000, "deep": b"[" * 10**5, "list": b"[1, 2]",
+             "bytes": b'{"prompt": "\xff"}', "surrogate": rb'{"prompt": "\ud800"}'}  # fmt: skip
 
 
-@pytest.mark.parametrize("line, words", BAD_LINES, ids=["cut", "digits", "deep", "list", "bytes"])
-def test_bad_lines(script, refused, data, tmp_path, line, words):
-    first = data[script.__name__.removeprefix("humanline_")].read_bytes().split(b"\n")[0]
-    (tmp_path / "bad.jsonl").write_bytes(first + b"\n" + line + b"\n")
-    refused(script, words, "--data", tmp_path / "bad.jsonl")
+@pytest.mark.parametrize("line", BAD_LINES)
+def test_bad_lines(script, refused, data, tmp_path, line):
+    good = data[kind_of(script)].read_bytes()
+    (tmp_path / "bad.jsonl").write_bytes(good + BAD_LINES[line] + b"\n")
+    refused(script, "bad.jsonl: missing, empty or broken: ", "--data", tmp_path / "bad.jsonl")
 
 
-@pytest.mark.parametrize("name, content", [("bad.jsonl", "\n"), ("bad.json", ""), ("bad.parquet", "")])
+@pytest.mark.parametrize("name, content", [("bad.jsonl", "\n"), ("bad.json", "[]"), ("bad.parquet", "")])
 def test_an_empty_file(script, refused, tmp_path, name, content):
     (tmp_path / name).write_text(content)
-    refused(script, "empty; it needs a row", "--data", tmp_path / name)
+    refused(script, f"{name}: missing, empty or broken: ", "--data", tmp_path / name)
 
 
 USER, BOT = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
-BAD_ROWS = [  # changes to the 18th row of pairs (None: the column is gone), and what is said
-    ({"chosen": ""}, "bad.jsonl:18: field 'chosen': empty; give it a text or drop the row"),
-    ({"chosen": " "}, "field 'chosen': empty"),
-    ({"chosen": 7}, "field 'chosen': neither text nor messages"),
-    ({"rejected": []}, "field 'rejected': no message"),
-    ({"rejected": ["b"]}, "a message that is no object"),
-    ({"rejected": [{"role": "robot", "content": "b"}]}, "a message with a bad role"),
-    ({"rejected": [{"role": "assistant"}]}, "a message whose content is no text"),
-    ({"rejected": [{"role": "assistant", "content": " "}]}, "its last message is empty"),
-    ({"rejected": [USER]}, "ends with no assistant message"),
-    ({"prompt": ""}, "bad.jsonl:18: field 'prompt': empty"),
-    ({"prompt": "\ud800"}, "field 'prompt': a lone surrogate"),
-    ({"prompt": [USER, BOT]}, "field 'prompt': it ends with an assistant message"),
-    ({"chosen": None, "chose": "a"}, "no field 'chosen' among prompt, rejected, chose; did you mean 'chose'?"),
-    ({"prompt": None}, "field 'chosen': text without a field 'prompt'"),
-    ({"chosen": [USER, BOT], "rejected": [BOT, USER, BOT]}, "differ before their last message"),
+BAD_ROWS = [  # changes to the 18th row ("GONE": without the column), and what is said
+    (dpo, {"chosen": ""}, "chosen is empty; give it a text or drop the row"),
+    (dpo, {"chosen": " "}, "chosen is empty"),
+    (dpo, {"chosen": None}, "chosen is null or missing"),
+    (dpo, {"chosen": "GONE"}, "chosen is null or missing"),
+    (dpo, {"chosen": 7}, "chosen is no"),
+    (dpo, {"rejected": []}, "rejected is empty"),
+    (dpo, {"rejected": ["b"]}, "rejected is no"),
+    (dpo, {"rejected": [{"role": "robot", "content": "b"}]}, "rejected is no"),
+    (dpo, {"rejected": [{"role": "assistant"}]}, "rejected is no"),
+    (dpo, {"rejected": [{"role": "assistant", "content": " "}]}, "rejected is empty"),
+    (dpo, {"rejected": [USER]}, "rejected ends with no assistant message"),
+    (dpo, {"prompt": " "}, "the prompt is empty"),
+    (dpo, {"prompt": ""}, "the prompt is "),
+    (dpo, {"prompt": None}, "the prompt is null or missing"),
+    (dpo, {"prompt": [USER, BOT]}, "the prompt ends with an assistant message"),
+    (dpo, {"chosen": [USER, BOT], "rejected": [BOT, USER, BOT]}, "chosen and rejected have different prompts"),
+    (kto, {"label": 0.9}, "label is 0.9; write true or false"),
+    (kto, {"label": -1}, "label is -1"),
+    (kto, {"label": 2}, "label is 2"),
+    (kto, {"label": "yes"}, "label is 'yes'"),
+    (kto, {"label": None}, "label is None"),
+    (kto, {"label": "GONE"}, "label is None"),
+    (kto, {"completion": ""}, "completion is empty"),
+    (kto, {"completion": "GONE"}, "completion is null or missing"),
+    (kto, {"prompt": "GONE"}, "the prompt is null or missing"),
+    (grpo, {"rewards": [1.0]}, "completions and rewards are not two lists of one length"),
+    (grpo, {"rewards": 1.0}, "completions and rewards are not two lists of one length"),
+    (grpo, {"rewards": "GONE"}, "completions and rewards are not two lists of one length"),
+    (grpo, {"rewards": [1.0, float("nan")]}, "rewards must be finite numbers, not [1.0, nan]"),
+    (grpo, {"rewards": [1.0, float("inf")]}, "rewards must be finite numbers"),
+    (grpo, {"rewards": [1.0, None]}, "rewards must be finite numbers"),
+    (grpo, {"rewards": [1.0, True]}, "rewards must be finite numbers"),
+    (grpo, {"rewards": [1.0, "x"]}, "rewards must be finite numbers"),
+    (grpo, {"completions": ["a", ""]}, "completions is empty"),
+    (grpo, {"completions": ["a", None]}, "completions is null or missing"),
+    (grpo, {"prompt": "GONE"}, "the prompt is null or missing"),
 ]
 
 
-@pytest.mark.parametrize("change, words", BAD_ROWS, ids=lambda x: str(x)[:40])
-def test_bad_pairs(refused, tmp_path, change, words):
-    rows = make_rows("dpo", 48)
-    rows[17] = {key: value for key, value in (rows[17] | change).items() if value is not None}
-    refused(dpo, words, "--data", write_jsonl(tmp_path / "bad.jsonl", rows))
+@pytest.mark.parametrize("script, change, words", BAD_ROWS, ids=lambda x: str(x)[:40] if type(x) is dict else "")
+def test_bad_rows(script, refused, tmp_path, change, words):
+    rows = make_rows(kind_of(script), 48)
+    columns = ", ".join(rows[0])
+    rows[17] = {key: value for key, value in (rows[17] | change).items() if value != "GONE"}
+    path = write_jsonl(tmp_path / "bad.jsonl", rows)
+    refused(script, f"bad.jsonl: row 18 (columns {columns}): {words}", "--data", path)
 
 
-def test_a_null_is_named(refused, tmp_path):
-    rows = make_rows("dpo", 48)
-    rows[17]["chosen"] = None
-    refused(dpo, "bad.jsonl:18: field 'chosen': null", "--data", write_jsonl(tmp_path / "bad.jsonl", rows))
+@pytest.mark.parametrize("script, name, words", [
+    (dpo, "chosen", "row 1 (columns prompt, new, rejected): chosen is null or missing"),
+    (dpo, "prompt", "row 1 (columns new, chosen, rejected): the prompt is null or missing"),
+    (kto, "completion", "row 1 (columns prompt, new, label): completion is null or missing"),
+    (kto, "label", "row 1 (columns prompt, completion, new): label is None"),
+    (grpo, "completions", "row 1 (columns prompt, new, rewards): "),
+    (grpo, "rewards", "row 1 (columns prompt, completions, new): completions and rewards are not"),
+])  # fmt: skip
+def test_a_misspelt_column(script, refused, tmp_path, name, words):
+    rows = [{"new" if key == name else key: value for key, value in row.items()}
+            for row in make_rows(kind_of(script), 48)]  # fmt: skip
+    refused(script, words, "--data", write_jsonl(tmp_path / "rows.jsonl", rows))
 
 
-BAD_LABELS = [
-    ({"label": 0.9}, "bad.jsonl:18: field 'label': 0.9; it must be true, false, 1 or 0"),
-    ({"label": -1}, "field 'label': -1; it must be"),
-    ({"label": "yes"}, "field 'label': 'yes'; it must be"),
-    ({"label": None, "lable": 1}, "no field 'label' among prompt, completion, lable; did you mean 'lable'?"),
-    ({"completion": ""}, "field 'completion': empty"),
-    ({"completion": None, "answer": "a"}, "no field 'completion'"),
-]
+@pytest.mark.parametrize("prompt, words", [
+    ("a\ud800", "lone surrogate"), (None, "null"), (7, "the prompt is no"), ([], "empty"), ({}, "the prompt is no")
+])  # fmt: skip
+def test_bad_texts_that_no_json_file_can_hold(policy, prompt, words):
+    with pytest.raises(BadInput, match=words):
+        encode_prompt(AutoTokenizer.from_pretrained(policy), prompt)
 
 
-@pytest.mark.parametrize("change, words", BAD_LABELS, ids=lambda x: str(x)[:40])
-def test_bad_labels(refused, tmp_path, change, words):
-    rows = make_rows("kto", 48)
-    rows[17] = {key: value for key, value in (rows[17] | change).items() if value is not None}
-    refused(kto, words, "--data", write_jsonl(tmp_path / "bad.jsonl", rows))
-
-
-def test_a_null_label_is_named(refused, tmp_path):
-    rows = make_rows("kto", 48)
-    rows[17]["label"] = None
-    refused(kto, "field 'label': None", "--data", write_jsonl(tmp_path / "bad.jsonl", rows))
-
-
-def test_one_class_needs_to_be_allowed(run, refused, tmp_path, capsys):
+def test_kto_needs_both_classes(refused, tmp_path):
     rows = [dict(row, label=1) for row in make_rows("kto", 48)]
-    path = write_jsonl(tmp_path / "rows.jsonl", rows)
-    refused(kto, "rows of one class only; add the other, or --allow_one_class", "--data", path)
-    run(kto, "--data", path, "--allow_one_class")
-    assert "44 desirable and 0 undesirable rows" in capsys.readouterr().out
+    refused(kto, "rows of one class only", "--data", write_jsonl(tmp_path / "rows.jsonl", rows))
 
 
 def test_kto_needs_two_prompts_in_a_batch(refused, tmp_path):
-    refused(kto, "--batch_size 1: must be at least 2", "--batch_size", 1)
     rows = [dict(row, prompt="abc" if i else "abd") for i, row in enumerate(make_rows("kto", 48))]
     path = write_jsonl(tmp_path / "rows.jsonl", rows)
-    refused(kto, "a batch holds responses to one prompt only", "--data", path, "--eval_size", 0, "--steps", 20)
+    refused(kto, "a batch has one prompt only; raise --batch_size", "--data", path, "--eval_size", 0, "--steps", 20)
 
 
-BAD_GROUPS = [
-    ({"rewards": [1.0]}, "bad.jsonl:18: fields 'completions', 'rewards': not two lists of one length"),
-    ({"rewards": 1.0}, "not two lists of one length"),
-    ({"completions": ["a"], "rewards": [1.0]}, "field 'completions': 1 completion; a group needs two"),
-    ({"rewards": [1.0, float("nan")]}, "field 'rewards': nan; it must be a finite number"),
-    ({"rewards": [1.0, float("inf")]}, "field 'rewards': inf"),
-    ({"rewards": [1.0, "1"]}, "field 'rewards': '1'"),
-    ({"rewards": [1.0, True]}, "field 'rewards': True"),
-    ({"rewards": None, "reward": [1, 2]}, "no field 'rewards' among prompt, completions, reward; did you mean 'reward'?"),
-    ({"completions": ["a", ""]}, "field 'completions': empty"),
-    ({"completions": ["a"] * 9, "rewards": [1.0] * 9}, "9 responses, more than --batch_size 8; raise it"),
-    ({"prompt": None}, "no field 'prompt' among completions, rewards"),
-]
-
-
-@pytest.mark.parametrize("change, words", BAD_GROUPS, ids=lambda x: str(x)[:40])
-def test_bad_groups(refused, tmp_path, change, words):
-    rows = make_rows("grpo", 48)
-    rows[17] = {key: value for key, value in (rows[17] | change).items() if value is not None}
-    refused(grpo, words, "--data", write_jsonl(tmp_path / "bad.jsonl", rows))
-
-
-def test_a_lone_response_is_no_group(refused, tmp_path):
-    rows = [{"prompt": f"a{i // 2}", "completion": f"b{i}", "reward": i} for i in range(47)]
-    refused(grpo, "one response; a group needs two", "--data", write_jsonl(tmp_path / "bad.jsonl", rows))
+@pytest.mark.parametrize("rows", [
+    make_rows("grpo", 47) + [{"prompt": "a", "completions": ["b"], "rewards": [1.0]}],
+    make_rows("grpo", 47) + [{"prompt": "a", "completions": ["b"] * 9, "rewards": [1.0] * 9}],
+    [{"prompt": f"a{i // 2}", "completion": f"b{i}", "reward": i} for i in range(47)],
+], ids=["one", "nine", "a lone row"])  # fmt: skip
+def test_groups_have_two_responses_and_fit_a_batch(refused, tmp_path, rows):
+    path = write_jsonl(tmp_path / "bad.jsonl", rows)
+    refused(grpo, "--batch_size", "--data", path, "--eval_size", 0, "--batch_size", 8)
 
 
 def test_equal_responses_are_dropped_and_counted(run, refused, tmp_path, capsys):
+    """Also those that are equal as far as --max_length goes."""
     rows = make_rows("dpo", 48)
     rows[3]["chosen"] = rows[3]["rejected"]
+    rows[4] |= {"chosen": "a" * 70 + "b", "rejected": "a" * 70 + "c"}
     run(dpo, "--data", write_jsonl(tmp_path / "rows.jsonl", rows), "--steps", 1)
-    assert "47 rows kept, 1 dropped (1: chosen and rejected are the same" in capsys.readouterr().out
+    assert "rows.jsonl: 46 rows; 2 too long or with nothing to learn: dropped" in capsys.readouterr().out
     shutil.rmtree(tmp_path / "run")
     rows = [dict(row, chosen=row["rejected"]) for row in rows]
-    refused(dpo, "no row is left: chosen and rejected are the same", "--data", write_jsonl(tmp_path / "b.jsonl", rows))
+    refused(dpo, "0 rows fill no batch", "--data", write_jsonl(tmp_path / "b.jsonl", rows))
+
+
+def test_rows_without_room_are_dropped_and_counted(script, run, tmp_path, capsys):
+    rows = make_rows(kind_of(script), 48)
+    for row in rows[:5]:
+        row["prompt"] = "a" * 64
+    run(script, "--data", write_jsonl(tmp_path / "rows.jsonl", rows), "--steps", 1)
+    assert f"{86 if script is grpo else 43} rows; 5 too long" in capsys.readouterr().out
+
+
+# --- models and folders ----------------------------------------------------------------------------
 
 
 def broken_model(policy, folder, how):
@@ -229,13 +264,13 @@ def broken_model(policy, folder, how):
 
 
 @pytest.mark.parametrize("how, words", [
-    ("nan", "weights missing or not finite: lm_head.weight"),
-    ("missing tensor", "weights missing or not finite: model.layers.1"),
+    ("nan", "weights are not finite: lm_head.weight"),
+    ("missing tensor", "weights are missing: model.layers.1"),
     ("no weights", "model.safetensors"),
     ("cut weights", "--model"),
     ("no config", "--model"),
     ("no tokenizer", "--model"),
-    ("large tokenizer", "embeddings; use the model's own tokenizer"),
+    ("large tokenizer", "tokens in the tokenizer, but"),
     ("no eos", "the tokenizer has no EOS token"),
 ])  # fmt: skip
 def test_bad_models(script, refused, policy, tmp_path, how, words):
@@ -244,74 +279,101 @@ def test_bad_models(script, refused, policy, tmp_path, how, words):
 
 def test_messages_need_a_template_and_strings_do_not(script, run, refused, policy, data, tmp_path):
     model = broken_model(policy, tmp_path / "model", "no template")
-    kind = script.__name__.removeprefix("humanline_")
-    rows = [json.loads(line) for line in data[kind].open()]
+    rows = [json.loads(line) for line in data[kind_of(script)].open()]
     for row in rows:
         row["prompt"] = [{"role": "user", "content": row["prompt"]}]
     messages = write_jsonl(tmp_path / "messages.jsonl", rows)
-    refused(script, "messages.jsonl:1: messages, but the tokenizer has no chat template", "--model", model,
-            "--data", messages)  # fmt: skip
+    for more in (["--data", messages], ["--system_prompt", "a"]):
+        refused(script, "chat_template is not set", "--model", model, *more)
     run(script, "--model", model, "--steps", 1)
-
-
-def test_output_folders(script, run, tmp_path):
-    run(script, "--steps", 1)
-    with pytest.raises(BadInput, match="not empty; add --resume or --overwrite"):
-        run(script, "--steps", 1)
-    (tmp_path / "file").touch()
-    for path in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(BadInput, match="is no folder to write in"):
-            run(script, "--output_dir", path)
-
-
-def test_no_pad_token_is_said_once(script, run, policy, tmp_path, capsys):
-    tokenizer = AutoTokenizer.from_pretrained(policy)
-    tokenizer.pad_token = None
-    shutil.copytree(policy, tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    run(script, "--model", tmp_path / "model", "--steps", 1)
-    assert capsys.readouterr().out.count("no pad token") == 1
 
 
 def test_a_family_that_cannot_be_rebuilt_is_named(script, refused, policy, monkeypatch):
     from transformers import LlamaForCausalLM
 
-    monkeypatch.setattr(LlamaForCausalLM, "get_output_embeddings", lambda self: None)
-    refused(script, "--model: llama computes its logits in a way that common.py does not rebuild")
+    forward = LlamaForCausalLM.forward
+
+    def altered(self, *args, **kwargs):
+        output = forward(self, *args, **kwargs)
+        output.logits *= 2
+        return output
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", altered)
+    refused(script, f"--model {policy}: common.py does not rebuild the logits of llama")
 
 
-def test_max_rows_leaves_eval_data_whole(script, flags, policy, data, capsys):
-    kind = script.__name__.removeprefix("humanline_")
-    argv = flags(script, "--max_rows", 30, "--eval_data", data[kind], "--eval_size", 10)
-    rows, eval_rows = script.load_data(AutoTokenizer.from_pretrained(policy), script.parse_args(argv))
-    assert len({script.prompt_of(row) for row in eval_rows}) == 10
-    out = capsys.readouterr().out
-    assert "30 rows kept" in out and "48 rows kept" in out and "10 prompts are held out, with them" in out
+def test_an_output_folder_that_exists_needs_a_word(script, run, tmp_path):
+    run(script, "--steps", 1)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    with pytest.raises(BadInput, match="run exists; add --resume or --overwrite"):
+        run(script, "--steps", 1)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == before
+    assert len(run(script, "--steps", 2, "--overwrite")) == 3  # and nothing of the first run
 
 
-# --- the formats that are accepted -------------------------------------------------------------------
+@pytest.mark.parametrize("name", ["file", "file/below"])
+def test_an_output_folder_that_cannot_be(script, run, tmp_path, name):
+    (tmp_path / "file").touch()
+    with pytest.raises(BadInput, match="--output_dir .*file"):
+        run(script, "--output_dir", tmp_path / name, "--overwrite")
 
 
-def encoded(tokenizer, row):
-    args = dpo.parse_args(["--model", "x", "--data", "x", "--max_length", "64"])
-    (found,) = dpo.encode_row(tokenizer, row, "here:1", args)
-    return [tokenizer.decode(e.ids) for e in found.examples]
+# --- what is accepted ------------------------------------------------------------------------------
+
+
+def test_max_rows_leaves_eval_data_whole(script, run, data, capsys):
+    """And no held-out prompt is trained on."""
+    run(script, "--max_rows", 30, "--eval_data", data[kind_of(script)], "--eval_size", 10, "--steps", 1)
+    out, rows = capsys.readouterr().out, 2 if script is grpo else 1
+    assert f"{48 * rows} rows; 0 too" in out and f"{30 * rows} rows; 0 too" in out
+    kept = int(re.search(r"(\d+) rows to train on, 10 prompts held out", out).group(1))
+    assert 20 * rows <= kept < 30 * rows
+
+
+def encoded(script, tokenizer, row, *flags):
+    """The row's examples as text, with what else the script keeps of each."""
+    args = script.parse_args(["--model", "x", "--max_length", "64", *flags])
+    return [(*[tokenizer.decode(e.ids) for e in found.examples], *found[1:-2])
+            for found in script.encode_row(tokenizer, None, args, row)]  # fmt: skip
 
 
 def test_all_forms_of_a_pair_are_the_same_tokens(policy):
     tokenizer = AutoTokenizer.from_pretrained(policy)
     user = [{"role": "user", "content": "abc"}]
     a, b = ([{"role": "assistant", "content": text}] for text in ("dd", "ee"))
-    expected = ["<|user|>abc<|end|><|assistant|>dd<|end|>", "<|user|>abc<|end|><|assistant|>ee<|end|>"]
+    first, second = ("<|user|>abc<|end|><|assistant|>dd<|end|>", "<|user|>abc<|end|><|assistant|>ee<|end|>")
     forms = [
         {"prompt": "abc", "chosen": "dd", "rejected": "ee"},
         {"prompt": user, "chosen": a, "rejected": b},
+        {"prompt": "abc", "chosen": a, "rejected": b},
         {"prompt": "abc", "chosen": user + a, "rejected": user + b},  # princeton-nlp/llama3-ultrafeedback-armorm
         {"chosen": user + a, "rejected": user + b, "score_chosen": 1.0},  # trl-lib/ultrafeedback_binarized
         {"prompt": "something else", "chosen": user + a, "rejected": user + b},  # the whole dialogue wins
     ]
     for form in forms:
-        assert encoded(tokenizer, form) == expected
+        assert encoded(dpo, tokenizer, form) == [(first, second)]
+        assert encoded(kto, tokenizer, form) == [(first, True), (second, False)]
+    for prompt, completion, label in (("abc", "dd", True), (user, a, 1), ("abc", user + a, True)):
+        row = {"prompt": prompt, "completion": completion, "label": label}
+        assert encoded(kto, tokenizer, row) == [(first, True)]
+
+
+def test_all_forms_of_a_group_are_the_same_tokens(policy):
+    tokenizer = AutoTokenizer.from_pretrained(policy)
+    user = [{"role": "user", "content": "abc"}]
+    a, b = ([{"role": "assistant", "content": text}] for text in ("dd", "ee"))
+    head, texts = "<|user|>abc<|end|><|assistant|>", ["dd", "ee"]
+    expected = [(head + "dd<|end|>", 1.0, 0.0), (head + "ee<|end|>", 2.0, 0.0)]
+    forms = [
+        {"prompt": "abc", "completions": texts, "rewards": [1, 2]},
+        {"prompt": user, "completions": [a, b], "rewards": [1.0, 2.0]},
+        {"prompt": "abc", "all_generated_responses": texts, "all_rm_scores": [1.0, 2.0],
+         "chosen": user + b, "rejected": user + a},  # princeton-nlp/llama3-ultrafeedback-armorm
+    ]  # fmt: skip
+    for form in forms:
+        assert encoded(grpo, tokenizer, form) == expected
+    rows = [{"prompt": "abc", "completion": text, "reward": x} for text, x in zip(texts, (1, 2))]
+    assert [*encoded(grpo, tokenizer, rows[0]), *encoded(grpo, tokenizer, rows[1])] == expected
 
 
 def test_dialogues_of_several_turns_share_all_but_the_last(policy):
@@ -320,38 +382,41 @@ def test_dialogues_of_several_turns_share_all_but_the_last(policy):
     row = {"chosen": [*before, {"role": "assistant", "content": "d"}],
            "rejected": [*before, {"role": "assistant", "content": "e"}]}  # fmt: skip
     head = "<|user|>a<|end|><|assistant|>b<|end|><|user|>c<|end|><|assistant|>"
-    assert encoded(tokenizer, row) == [head + "d<|end|>", head + "e<|end|>"]
+    assert encoded(dpo, tokenizer, row) == [(head + "d<|end|>", head + "e<|end|>")]
+
+
+def test_raw_strings_are_left_alone_and_system_prompts_stand_first(policy):
+    tokenizer, row = AutoTokenizer.from_pretrained(policy), {"prompt": "ab", "chosen": "c", "rejected": "d"}
+    assert encoded(dpo, tokenizer, row, "--raw") == [("abc<|end|>", "abd<|end|>")]
+    head = "<|system|>la<|end|><|user|>ab<|end|><|assistant|>"
+    assert encoded(dpo, tokenizer, row, "--system_prompt", "la") == [(head + "c<|end|>", head + "d<|end|>")]
 
 
 @pytest.mark.parametrize("form", ["json", "parquet"])
 def test_json_and_parquet(script, run, data, tmp_path, form):
-    import datasets
-
-    kind = script.__name__.removeprefix("humanline_")
-    rows = datasets.Dataset.from_list([json.loads(line) for line in data[kind].open()])
+    rows = datasets.Dataset.from_list([json.loads(line) for line in data[kind_of(script)].open()])
     path = tmp_path / f"rows.{form}"
     rows.to_json(path, lines=False) if form == "json" else rows.to_parquet(path)
-    lines = []
-    for source in (path, data[kind]):
-        run(script, "--data", source, "--steps", 2, "--output_dir", tmp_path / f"{len(lines)}")
-        lines.append([line["loss"] for line in metrics_of(tmp_path / f"{len(lines)}")[1:]])
-    assert lines[0] == lines[1]
+    losses = []
+    for source in (path, data[kind_of(script)]):
+        run(script, "--data", source, "--steps", 2, "--output_dir", tmp_path / f"{len(losses)}")
+        losses.append([line["loss"] for line in metrics_of(tmp_path / f"{len(losses)}")[1:]])
+    assert losses[0] == losses[1]
 
 
-@pytest.mark.parametrize("source, expected", [
-    ("a/b", dict(path="a/b", name=None, split="train")),
-    ("a/b:main", dict(path="a/b", name="main", split="train")),
-    ("a/b:main:test", dict(path="a/b", name="main", split="test")),
-    ("a/b::train_prefs", dict(path="a/b", name=None, split="train_prefs")),
+@pytest.mark.parametrize("source, name, split", [
+    ("a/b", None, "train"),
+    ("a/b:main", "main", "train"),
+    ("a/b:main:test", "main", "test"),
+    ("a/b::train_prefs", None, "train_prefs"),
 ])  # fmt: skip
-def test_hub_names(script, monkeypatch, source, expected):
+def test_hub_names(script, monkeypatch, source, name, split):
     seen = []
-    monkeypatch.setattr(script.datasets, "load_dataset", lambda **options: seen.append(options) or [{"x": 1}])
-    assert script.read_rows(source) == [(f"{source}[0]", {"x": 1})] and seen == [expected]
 
+    def load_dataset(path, **options):
+        seen.append((path, options))
+        return datasets.Dataset.from_list([{"x": 1}, {"x": 2}])
 
-def test_raw_strings_are_left_alone(policy):
-    tokenizer = AutoTokenizer.from_pretrained(policy)
-    args = dpo.parse_args(["--model", "x", "--data", "x", "--raw"])
-    (row,) = dpo.encode_row(tokenizer, {"prompt": "ab", "chosen": "c", "rejected": "d"}, "here:1", args)
-    assert [tokenizer.decode(e.ids) for e in row.examples] == ["abc<|end|>", "abd<|end|>"]
+    monkeypatch.setattr(script, "load_dataset", load_dataset)
+    assert script.load_rows(source, None, lambda row: [row["x"]]) == [1, 2]
+    assert seen == [("a/b", {"name": name, "split": split})]

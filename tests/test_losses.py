@@ -29,10 +29,12 @@ def perceived_as_in(script, case, logratio, mask):
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: f"seed{c['seed']}")
 def test_dpo_loss_and_gradient_are_the_authors(case):
+    """Theirs are three chosen rows, then three rejected ones; ours chosen, rejected, chosen, …"""
     logp, ref_logp, mask, losses, grad = tensors(
         case["dpo"], "logp", "ref_logp", "mask", "losses", "grad_of_mean"
     )
-    logp, mask = logp.requires_grad_(), mask.bool()
+    logp, ref_logp, mask, grad = (x[[0, 3, 1, 4, 2, 5]] for x in (logp, ref_logp, mask.bool(), grad))
+    logp.requires_grad_()
     perceived = perceived_as_in(humanline_dpo, case, logp - ref_logp, mask)
     ours = humanline_dpo.dpo_loss(perceived, mask, case["beta"])
     ours.mean().backward()
@@ -85,8 +87,8 @@ def test_grpo_exponents_are_bounded():
 
 
 def test_dpo_loss_by_hand():
-    """Margins ln 3 and 0 at β = 1: −log(3/4) and −log(1/2)."""
-    logratio = torch.tensor([[math.log(3), 7.0], [0.5, 0.5], [0.0, 0.0], [1.0, 9.0]])
+    """Rows chosen, rejected, …; margins ln 3 and 0 at β = 1: −log(3/4) and −log(1/2)."""
+    logratio = torch.tensor([[math.log(3), 7.0], [0.0, 0.0], [0.5, 0.5], [1.0, 9.0]])
     mask = torch.tensor([[1, 0], [1, 1], [1, 1], [1, 0]]).bool()
     expected = torch.tensor([math.log(4 / 3), math.log(2)])
     torch.testing.assert_close(humanline_dpo.dpo_loss(logratio, mask, 1.0), expected)
@@ -97,6 +99,13 @@ def test_dpo_loss_is_finite_where_the_margin_is_huge():
     loss = humanline_dpo.dpo_loss(logratio, torch.ones(2, 1).bool(), 1.0)
     loss.sum().backward()
     assert loss.item() == 2e4 and logratio.grad.tolist() == [[-1.0], [1.0]]
+
+
+def test_kto_weighs_each_class_with_its_own_weight():
+    """At a log-ratio of ẑ0 the loss is half the weight."""
+    desirable, z = torch.tensor([True, False]), torch.full((2, 1), 0.7)
+    ours = humanline_kto.kto_loss(z, z > 0, desirable, torch.tensor(0.7), 0.5, 3.0, 5.0)
+    assert ours.tolist() == [1.5, 2.5]
 
 
 def test_clipping_has_gradient_0_outside_and_1_inside(script):
@@ -144,27 +153,21 @@ def test_sampling_does_not_depend_on_the_other_rows(script):
     assert rates == [0.0, 0.0]
 
 
-def test_rejection_has_the_probability_of_the_beta(script):
-    """π_θ/π_ref = M_P x: rejected on the low side with P(B_P > x), which is 1 − x^γ for β = 1."""
-    x, gamma = 0.3, 0.5
-    z = torch.full((4000, 8), math.log(x))
+@pytest.mark.parametrize("side", ["low", "high"])
+@pytest.mark.parametrize("gamma, beta, chance", [(0.5, 1, 1 - 0.3**0.5), (0.01, 1, 1 - 0.3**0.01), (2, 3, 0.6517)])
+def test_rejection_has_the_probability_of_the_beta(script, side, gamma, beta, chance):
+    """Where π_θ/π_ref = 0.3 M_P, a token is rejected with P(B_P > 0.3); on the high side, of the inverse,
+    with P(B_R > 0.3). Draws with γ = 0.01 underflow. The two sides must not trade their parameters."""
+    z = torch.full((4000, 8), math.log(0.3) * (1 if side == "low" else -1))
     z[:, 0] = 0.0
     torch.manual_seed(0)
-    _, low, _ = script.perceive(z, torch.ones_like(z).bool(), **dict(SAMPLE, gamma_P=gamma))
-    assert not low[:, 0].any()
-    assert low[:, 1:].float().mean().item() == pytest.approx(1 - x**gamma, abs=0.01)
-
-
-@pytest.mark.parametrize("a, b", [(0.5, 1.0), (0.01, 1.0), (2.0, 3.0), (0.5, 0.5)])
-def test_log_beta_draws_have_the_moments_of_beta(script, a, b):
-    """E log B = ψ(a) − ψ(a+b) and Var log B = ψ′(a) − ψ′(a+b), also where B underflows (a = 0.01)."""
-    torch.manual_seed(0)
-    draws = script.sample_log_beta(a, b, torch.empty(200_000, dtype=torch.float32)).double()
-    digamma, a, b = torch.digamma, torch.tensor(a).double(), torch.tensor(b).double()
-    mean, sd = digamma(a) - digamma(a + b), (torch.polygamma(1, a) - torch.polygamma(1, a + b)).sqrt()
-    assert draws.isfinite().all() and (draws <= 0).all()
-    assert abs(draws.mean() - mean) < 5 * sd / len(draws) ** 0.5
-    assert draws.std() == pytest.approx(sd.item(), rel=0.02)
+    never = (1e-6, 1.0)  # as good as B = 0
+    (gamma_P, beta_P), (gamma_R, beta_R) = ((gamma, beta), never)[:: 1 if side == "low" else -1]
+    found = script.perceive(z, torch.ones_like(z).bool(), "sample", -1.5, 1.5, gamma_P, gamma_R, beta_P, beta_R)
+    rejected, other = found[1:] if side == "low" else found[:0:-1]
+    assert not rejected[:, 0].any()
+    assert rejected[:, 1:].float().mean().item() == pytest.approx(chance, abs=0.01)
+    assert other.float().mean() < 1e-3
 
 
 def test_clipping_is_the_limit_of_sampling(script):

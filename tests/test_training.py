@@ -1,24 +1,35 @@
 """What is trained, against what reference, and that the cut into micro-batches changes nothing."""
 
 import copy
+import functools
 import math
+import random
 from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, OPTConfig, OPTForCausalLM
+from transformers.models.opt.modeling_opt import OPTAttention
 
 import common
 import humanline_dpo as dpo
 import humanline_grpo as grpo
 import humanline_kto as kto
-from conftest import SHARED, make_rows, metrics_of, write_jsonl
+from conftest import SHARED, make_rows, write_jsonl
 
+TIMES = {"seconds", "tokens_per_second", "peak_memory_gib"}
 ONE_MICRO = ("--micro_tokens", 10**6)
 
 
+def kind_of(script):
+    return script.__name__.removeprefix("humanline_")
+
+
 def load(policy):
-    return AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float32).eval()
+    """The policy as the scripts load it: examples of one prompt share rows of 2 H tokens."""
+    model = AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float32).eval()
+    model.row_tokens = 2 * model.config.hidden_size
+    return model
 
 
 def adamw(model, lr):
@@ -35,99 +46,94 @@ def update(model, optimizer, loss, step, lr, warmup, sync=lambda: None):
     optimizer.zero_grad()
 
 
-def load_as_scripts_do(policy):
-    model = load(policy)
-    model.row_tokens = 2 * model.config.hidden_size  # examples of one prompt share a row
-    return model
+def read(script, policy, args):
+    """All rows of --data as tokens."""
+    encode_row = functools.partial(script.encode_row, AutoTokenizer.from_pretrained(policy), None, args)
+    return script.load_rows(args.data, args.max_rows, encode_row)
 
 
-def run_with_second_model(script, policy, batches, k, copy_after=False):
-    """The definition: a reference model whose weights are copied every k updates, before the step.
-    Returns each update's log-ratios of the trained responses, and KTO's ẑ0."""
-    model, log_ratios, points = load_as_scripts_do(policy), [], []
+def labelled(batch):
+    """Without KTO's mismatched pairs."""
+    return [row for row in batch if getattr(row, "desirable", True) is not None]
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """trained(script) -> list: the batch of every update."""
+
+    def install(script):
+        batches, accumulate = [], script.accumulate_gradient
+
+        def accumulate_and_tell(model, batch, mode, args):
+            if torch.is_grad_enabled():
+                batches.append(batch)
+            return accumulate(model, batch, mode, args)
+
+        monkeypatch.setattr(script, "accumulate_gradient", accumulate_and_tell)
+        return batches
+
+    return install
+
+
+# --- The reference ---
+
+CLIPPED = ("--lr", 1e-2, "--log_eps_P=-0.2", "--log_eps_R=0.3", "--steps", 8, *ONE_MICRO)
+OWN = {dpo: (), kto: ("--desirable_weight", 1.3, "--undesirable_weight", 0.8), grpo: ("--epsilon", 0.05)}
+
+
+def with_second_model(script, policy, batches, args, k, late=False):
+    """The definition: a reference model, whose weights are copied every k updates before the step (late,
+    the mutant: after it). Returns each update's log-ratios of the trained responses, and KTO's ẑ0."""
+    model, log_ratios, points = load(policy), [], []
     reference, optimizer = copy.deepcopy(model), adamw(model, 1e-2)
-
-    def perceived(examples):
-        logp, mask = common.response_logps(model, examples)
+    for step, batch in enumerate(batches, 1):
         with torch.no_grad():
-            ref_logp, _ = common.response_logps(reference, examples)
-        return logp - ref_logp, mask, torch.where(mask, logp - ref_logp, 0.0).clamp(-0.2, 0.3)
+            ref_logps = [logp for _, logp, _ in script.policy_logps(reference, batch, args)]
+        for (micro, logp, mask), ref_logp in zip(script.policy_logps(model, batch, args), ref_logps):
+            rows, z = [batch[i] for i in micro], logp - ref_logp
+            perceived = torch.where(mask, z, 0.0).clamp(-0.2, 0.3)
+            if script is dpo:
+                loss = dpo.dpo_loss(perceived, mask, 0.5).mean()
+            elif script is grpo:
+                advantage = torch.tensor([row.advantage for row in rows])
+                loss = grpo.grpo_loss(z, perceived, mask, advantage, 0.05, 0.5).sum() / mask.sum()
+            elif not labelled(rows):  # they come first
+                points.append(max(0.0, perceived.detach().sum().item() / 8))
+                continue
+            else:
+                good, point = torch.tensor([row.desirable for row in rows]), torch.tensor(points[-1])
+                loss = kto.kto_loss(perceived, mask, good, point, 0.5, 1.3, 0.8).mean()
+            log_ratios.append(z.detach())
 
-    for step, (rows, in_order) in enumerate(zip(*batches), 1):
-
-        def sync(step=step):
+        def sync():
             if k and step % k == 0:
                 reference.load_state_dict(model.state_dict())
 
-        if script is dpo:
-            logratio, mask, z = perceived([row.examples[side] for side in (0, 1) for row in rows])
-            loss = dpo.dpo_loss(z, mask, 0.5).mean()
-        elif script is grpo:
-            logratio, mask, z = perceived([row.examples[0] for row in rows])
-            advantage = torch.tensor([row.advantage for row in rows])
-            loss = grpo.grpo_loss(logratio, z, mask, advantage, 0.2, 0.5).sum() / mask.sum()
-        else:
-            with torch.no_grad():
-                pairs = sorted(mismatch(in_order[:8]), key=lambda e: -len(e.ids))
-                point = perceived(pairs)[2].sum().div(8).clamp_min(0)
-            logratio, mask, z = perceived([row.examples[0] for row in rows])
-            good = torch.tensor([row.desirable for row in rows])
-            loss = kto.kto_loss(z, mask, good, point, 0.5, 1.0, 1.0).sum() / 8
-            points.append(point.item())
-        log_ratios.append(logratio.detach())
-        update(model, optimizer, loss, step, 1e-2, 2, sync if not copy_after else lambda: None)
-        if copy_after:
+        update(model, optimizer, loss, step, 1e-2, 2, sync=lambda: late or sync())
+        if late:
             sync()
     return log_ratios, points
 
 
-def mismatch(rows):
-    """KTO's mismatched pairs, written down: the prompts of these tests all differ."""
-    examples = [row.examples[0] for row in rows]
-    pairs = zip(examples, examples[1:] + examples[:1])
-    return [common.Example(a.ids[: a.prompt_len] + b.ids[b.prompt_len :], a.prompt_len) for a, b in pairs]
-
-
-def batches_of(script, flags, policy, seen):
-    """The batches of the run, in the order in which its rows ran (one micro-batch an update)."""
-    args = script.parse_args(flags(script))
-    rows, _ = script.load_data(AutoTokenizer.from_pretrained(policy), args)
-    batches = [batch for epoch in range(2) for batch in script.epoch_batches(rows, epoch, args)][: len(seen)]
-    model = load_as_scripts_do(policy)
-    return [[batch[i] for i in script.plan(model, batch, 10**6)[0]] for batch in batches], batches
-
-
-CLIPPED = ("--lr", 1e-2, "--log_eps_P=-0.2", "--log_eps_R=0.3", *ONE_MICRO)
-
-
 @pytest.mark.parametrize("k", [1, 3, 7, 100, 0])
-def test_the_cache_is_a_second_model_copied_before_the_update(script, run, spy, flags, policy, tmp_path, k):
-    seen = spy(script)
-    run(script, "--sync_every", k, "--steps", 8, *CLIPPED)
-    batches = batches_of(script, flags, policy, seen)
-    assert len(seen) == len(batches[0]) == 8
-    exact, points = run_with_second_model(script, policy, batches, k)
+def test_the_cache_is_a_second_model_copied_before_the_update(script, run, spy, trained, flags, policy, k):
+    seen, batches = spy(script), trained(script)
+    more = ("--sync_every", k, *CLIPPED, *OWN[script])
+    lines, args = run(script, *more), script.parse_args(flags(script, *more))
+    exact, points = with_second_model(script, policy, batches, args, k)
+    assert len(seen) == len(exact) == 8
 
     def difference(ratios):
         return max((ours - theirs).abs().max().item() for (_, ours, _), theirs in zip(seen, ratios))
 
-    # k = 7: a row of two epochs in one window is scored once, so in another micro-batch
-    assert difference(exact) <= (2e-6 if k == 7 else 1e-6)
-    assert max(z.abs().max() for z in exact) > 0.2  # the policy moved, and tokens were clipped
+    assert difference(exact) <= 1e-6
+    assert max(z.abs().max() for z in exact) > 0.3  # the policy moved, and tokens were clipped
     if script is kto:
-        ours = [m["kl"] for m in metrics_of(tmp_path / "run")[1:]]
-        assert ours == pytest.approx(points, abs=1e-6) and max(points) > 0.01
-    if 0 < k < 8:  # the mutant: copied after the update
-        assert difference(run_with_second_model(script, policy, batches, k, copy_after=True)[0]) > 1e-3
-
-
-def test_copied_after_the_update_nothing_is_ever_clipped(policy, run, spy, flags):
-    """Why it matters: with k = 1 the mutant's log-ratios are all 0."""
-    seen = spy(dpo)
-    run(dpo, *CLIPPED)
-    batches = batches_of(dpo, flags, policy, seen)
-    late, _ = run_with_second_model(dpo, policy, batches, 1, copy_after=True)
-    assert all(z.abs().max() == 0 for z in late)
+        assert [line["kl"] for line in lines[1:]] == pytest.approx(points, abs=1e-6) and max(points) > 0.01
+    if 0 < k < 8:  # the mutant
+        late, _ = with_second_model(script, policy, batches, args, k, late=True)
+        assert difference(late) > 1e-3
+        assert k > 1 or all(z.abs().max() == 0 for z in late)  # why it matters: nothing is ever clipped
 
 
 def test_without_sync_and_clip_it_is_textbook_dpo(run, spy, policy):
@@ -142,23 +148,22 @@ def test_without_sync_and_clip_it_is_textbook_dpo(run, spy, policy):
         logp = net(ids).logits.log_softmax(-1)[0, :-1].gather(-1, ids[0, 1:, None])[:, 0]
         return logp[example.prompt_len - 1 :].sum()
 
-    for step, (examples, logratio, mask) in enumerate(seen, 1):
-        z = []
-        for example in examples:
-            with torch.no_grad():
-                ref = sequence_logp(reference, example)
-            z.append(sequence_logp(model, example) - ref)
-        z = torch.stack(z)
+    for step, (examples, logratio, _) in enumerate(seen, 1):
+        with torch.no_grad():
+            ref = torch.stack([sequence_logp(reference, example) for example in examples])
+        z = torch.stack([sequence_logp(model, example) for example in examples]) - ref
         torch.testing.assert_close(logratio.sum(-1), z.detach(), rtol=1e-3, atol=2e-4)
-        chosen, rejected = z.chunk(2)
-        loss = -torch.log(torch.sigmoid(0.5 * (chosen - rejected))).mean()
+        loss = -torch.log(torch.sigmoid(0.5 * (z[0::2] - z[1::2]))).mean()
         update(model, optimizer, loss, step, 1e-3, 2)
-    assert z.abs().max() > 0.1
+    assert step == 20 and z.abs().max() > 0.1
 
 
-def test_the_first_update_is_its_own_reference(script, run, tmp_path):
-    run(script, "--steps", 1)
-    first = metrics_of(tmp_path / "run")[1]
+@pytest.mark.parametrize("micro_tokens", [10**6, 200, 60])
+def test_the_first_update_is_its_own_reference(script, run, tmp_path, micro_tokens):
+    """Exactly, with several rows of one prompt in a batch too."""
+    rows = [row | {"prompt": f"abc{i % 12}"} for i, row in enumerate(make_rows(kind_of(script), 48))]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    first = run(script, "--data", path, "--steps", 1, "--micro_tokens", micro_tokens)[1]
     assert first["abs_logratio"] == 0 and first["unclipped"] == 1.0
     assert first["clipped_low"] == first["clipped_high"] == 0
     if script is not grpo:
@@ -166,252 +171,299 @@ def test_the_first_update_is_its_own_reference(script, run, tmp_path):
     assert first["accuracy"] == 0.5 if script is dpo else first["kl"] == 0
 
 
-def gradient(script, run, flags, tmp_path, *more):
-    """The gradient norm and metrics of updates with a moved policy, for a given cut."""
-    run(script, "--overwrite", "--steps", 3, "--lr", 1e-2, *more)
-    return metrics_of(tmp_path / "run")[1:]
+# --- One update ---
 
 
 @pytest.mark.parametrize("mode", ["clip", "off"])
-def test_the_cut_into_micro_batches_changes_nothing(script, run, flags, tmp_path, monkeypatch, mode):
-    """8 = 4 + 4 = 3 + 3 + 2, losses, gradients and all metrics."""
-    runs = []
-    for cut in ([8], [4, 4], [3, 3, 2]):
-
-        def plan(model, rows, micro_tokens, cut=cut):
-            ends = [sum(cut[: i + 1]) for i in range(len(cut))]
-            trained = [i for i, row in enumerate(rows) if getattr(row, "desirable", 0) is not None]
-            others = [i for i in range(len(rows)) if i not in trained]  # KTO's mismatched pairs
-            if len(trained) != 8:
-                return [trained]  # held-out rows
-            return [part[a:b] for part in (trained, others) for a, b in zip([0, *ends], ends) if part]
-
-        monkeypatch.setattr(script, "plan", plan)
-        runs.append(gradient(script, run, flags, tmp_path, "--humanline", mode))
-    for other in runs[1:]:
-        for ours, theirs in zip(runs[0], other):
-            for name in set(ours) - {"seconds", "tokens_per_second", "peak_memory_gib", "padded"}:
-                assert ours[name] == pytest.approx(theirs[name], rel=1e-5, abs=1e-5), name
+def test_the_cut_into_micro_batches_changes_nothing(script, run, spy, mode):
+    """Losses, gradients and all metrics, of updates with a moved policy."""
+    seen, runs, counts = spy(script), [], []
+    for micro_tokens in (10**6, 200, 40):
+        seen.clear()
+        runs.append(run(script, "--overwrite", "--steps", 3, "--lr", 1e-2, "--humanline", mode,
+                        "--micro_tokens", micro_tokens))  # fmt: skip
+        counts.append(len(seen))
+    assert counts[0] == 3 and counts[1] > 3 and counts[2] > counts[1]
+    for ours, theirs in ((a, b) for other in runs[1:] for a, b in zip(runs[0], other)):
+        for name in ours.keys() - TIMES:
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-5, abs=1e-5), name
     if script is kto:  # which would be invisible at ẑ0 = 0
-        assert max(m["kl"] for m in runs[0]) > 0.01
+        assert max(line["kl"] for line in runs[0][1:]) > 0.01
 
 
-ON_CPU = SimpleNamespace(device=torch.device("cpu"))  # all that a plan asks of a model without sharing
-
-
-def rows_of(script, lengths):
-    """Rows whose longest example has the given length."""
-    if script is kto:
-        return [kto.Row([common.Example([1] * n, 1)], True) for n in lengths]
-    if script is grpo:
-        return [grpo.Row([common.Example([1] * n, 1)], i, 0.0) for i, n in enumerate(lengths)]
-    return [script.Row([common.Example([1] * (n - i), 1) for i in range(2)]) for n in lengths]
-
-
-def test_the_plan_keeps_to_micro_tokens_and_loses_no_row(script):
-    rows = rows_of(script, [10, 50, 20, 30, 20, 90])
-    micros = script.plan(ON_CPU, rows, 120)
-    assert sorted(i for micro in micros for i in micro) == list(range(6))
-    for micro in micros:
-        examples = [e for i in micro for e in rows[i].examples]
-        assert max(len(e.ids) for e in examples) * len(examples) <= 120 or len(micro) == 1  # a longer row runs alone
-    assert micros == script.plan(ON_CPU, rows, 120) and micros[0] == [5]  # deterministic, longest first
-    padded = script.plan(ON_CPU, rows_of(script, [1000] * 3 + [10] * 3), 10**6)  # no short row beside a long one
-    assert padded == [[0, 1, 2], [3, 4, 5]]
-
-
-def test_the_end_of_turn_is_trained_and_the_prompt_never(script, run, spy):
-    seen = spy(script)
-    run(script, "--steps", 1)
-    for examples, logratio, mask in seen:
+def test_what_is_trained_and_every_metric(script, run, spy, trained, tmp_path):
+    """By hand from the log-ratios of the last update: the whole response with its end, the prompt never."""
+    rows = make_rows(kind_of(script), 48)
+    if script is grpo:  # some groups of equal rewards
+        rows = [row | {"rewards": [0.5, 0.5]} if i % 2 else row for i, row in enumerate(rows)]
+    seen, batches = spy(script), trained(script)
+    last = run(script, "--data", write_jsonl(tmp_path / "rows.jsonl", rows), "--lr", 1e-2, "--sync_every", 0,
+               "--log_eps_P=-0.2", "--log_eps_R=0.3", *OWN[script], *ONE_MICRO)[-1]  # fmt: skip
+    for examples, _, mask in seen:
         assert mask.sum(-1).tolist() == [len(e.ids) - e.prompt_len for e in examples]
         assert all(e.ids[-1] == 1 and e.ids[e.prompt_len - 1] == 3 for e in examples)  # <|end|>, <|assistant|>
+    (examples, logratio, mask), rows = seen[-1], labelled(batches[-1])
+    z, sums = logratio[mask], torch.where(mask, logratio, 0.0).sum(-1)
+    perceived = 0.5 * torch.where(mask, logratio, 0.0).clamp(-0.2, 0.3).sum(-1)
+    expected = {
+        "tokens": sum(len(e.ids) for e in examples), "abs_logratio": z.abs().mean(),
+        "clipped_low": (z < -0.2).float().mean(), "clipped_high": (z > 0.3).float().mean(),
+        "unclipped": ((z >= -0.2) & (z <= 0.3)).float().mean(),
+    }  # fmt: skip
+    if script is dpo:
+        chosen, rejected = perceived[0::2], perceived[1::2]
+        expected |= {
+            "loss": -(chosen - rejected).sigmoid().log().mean(), "accuracy": (chosen > rejected).float().mean(),
+            "reward_chosen": chosen.mean(), "reward_rejected": rejected.mean(),
+            "margin": (chosen - rejected).mean(),
+        }  # fmt: skip
+    elif script is kto:
+        good = torch.tensor([row.desirable for row in rows])
+        gain, point = perceived - 0.5 * last["kl"], {"kl": last["kl"]}
+        losses = torch.where(good, 1.3 * (1 - gain.sigmoid()), 0.8 * (1 - (-gain).sigmoid()))
+        means = perceived[good].mean(), perceived[~good].mean()
+        expected |= point | {"loss": losses.mean(), "margin": means[0] - means[1],
+                             "reward_desirable": means[0], "reward_undesirable": means[1]}  # fmt: skip
+    else:
+        rewards = torch.tensor([row.reward for row in rows])
+        ratio = logratio.clamp(-0.2, 0.3).exp()
+        advantage = torch.tensor([row.advantage for row in rows])[:, None].expand_as(ratio)
+        beyond = (ratio > 1.05) & (advantage > 0) | (ratio < 0.95) & (advantage < 0)
+        surrogate = torch.min(ratio * advantage, ratio.clamp(0.95, 1.05) * advantage)[mask].mean()
+        kl = ((-z).exp() - 1 + z).mean()
+        differ = rewards[0::2] != rewards[1::2]
+        ahead = (sums[0::2] > sums[1::2]) == (rewards[0::2] > rewards[1::2])
+        expected |= {
+            "loss": 0.5 * kl - surrogate, "kl": kl, "ppo_clipped": beyond[mask].float().mean(),
+            "reward": rewards.mean(), "reward_std": rewards.std(correction=0),
+            "frac_zero_std": 1 - differ.float().mean(), "agreement": ahead[differ].float().mean(),
+            "response_length": mask.sum() / 8,
+        }  # fmt: skip
+        assert 0 < expected["frac_zero_std"] < 1 and expected["ppo_clipped"] > 0.05
+    assert expected["clipped_low"] > 0 and expected["clipped_high"] > 0
+    others = {"step", "lr", "grad_norm"} | TIMES
+    found = {name: x for name, x in last.items() if name not in others and not name.startswith("eval")}
+    assert found == pytest.approx({name: float(x) for name, x in expected.items()}, rel=1e-4, abs=1e-5)
+    assert last["tokens_per_second"] == pytest.approx(last["tokens"] / last["seconds"])
 
 
-def test_a_small_lr_moves_the_weights(run, policy, tmp_path):
-    """bf16 weights would stand still: 50 updates with lr 1e-6 must move all that get a gradient."""
-    run(dpo, "--steps", 50, "--lr", 1e-6, "--plain")
-    before, after = load(policy).state_dict(), load(tmp_path / "run" / "final").state_dict()
-    state = torch.load(tmp_path / "run" / "step-000050.pt", weights_only=True)["optimizer"]["state"]
-    names = [name for name, _ in load(policy).named_parameters()]
+def test_humanline_sampling_and_its_two_gammas(script, run):
+    """γ_P rejects on the low side alone, γ_R on the high side: draws near 1 reject, draws near 0 do not."""
+    sample = ("--humanline", "sample", "--lr", 1e-2, "--overwrite")
+    low, high = run(script, *sample, "--gamma_P", 1000, "--gamma_R", 1e-6)[-1], run(
+        script, *sample, "--gamma_P", 1e-6, "--gamma_R", 1000)[-1]  # fmt: skip
+    assert low["clipped_low"] > 0.5 and low["clipped_high"] == 0
+    assert high["clipped_high"] > 0.5 and high["clipped_low"] == 0
+
+
+def test_small_updates_of_a_bf16_checkpoint_are_not_lost(run, policy, tmp_path):
+    """bf16 weights would stand still: 20 updates with lr 1e-6 must move all that get a gradient."""
+    load(policy).to(torch.bfloat16).save_pretrained(tmp_path / "half")
+    AutoTokenizer.from_pretrained(policy).save_pretrained(tmp_path / "half")
+    run(dpo, "--model", tmp_path / "half", "--steps", 20, "--lr", 1e-6, "--plain")
+    before = load(tmp_path / "half").state_dict()
+    after = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "final")
+    torch.serialization.add_safe_globals([dpo.Row, common.Example])
+    state = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["optimizer"]["state"]
     moved = total = 0
-    for i, name in enumerate(names):
+    for i, (name, weight) in enumerate(after.named_parameters()):
+        assert weight.dtype == torch.float32
         touched = state[i]["exp_avg_sq"] > 0
-        moved += (before[name] != after[name])[touched].sum().item()
+        moved += (before[name] != weight)[touched].sum().item()
         total += touched.sum().item()
     assert moved >= 0.99 * total > 10_000
 
 
-def test_the_weights_are_float32_whatever_the_checkpoint_is(run, policy, tmp_path):
-    load(policy).to(torch.bfloat16).save_pretrained(tmp_path / "half")
-    AutoTokenizer.from_pretrained(policy).save_pretrained(tmp_path / "half")
-    run(dpo, "--model", tmp_path / "half", "--steps", 1)
-    final = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "final")
-    assert {weight.dtype for weight in final.parameters()} == {torch.float32}
-
-
 def test_dropout_is_off_and_checkpointing_is_on(run, policy, tmp_path, monkeypatch):
-    """A model with dropout trains as without; activation checkpointing really recomputes, same result."""
-    model = load(policy)
-    model.config.attention_dropout = 0.5
-    model.save_pretrained(tmp_path / "dropout")
-    AutoTokenizer.from_pretrained(policy).save_pretrained(tmp_path / "dropout")
-    calls = []
-    from transformers.models.llama.modeling_llama import LlamaMLP
-
-    forward = LlamaMLP.forward
-    monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: (calls.append(1), forward(self, x))[1])
-    results, counts = [], []
-    for i, more in enumerate([(), ("--model", tmp_path / "dropout", "--activation_checkpointing")]):
-        calls.clear()
-        run(dpo, "--steps", 3, "--output_dir", tmp_path / f"{i}", "--eval_size", 0, *more)
-        results.append([m["loss"] for m in metrics_of(tmp_path / f"{i}")[1:]])
-        counts.append(len(calls))
-    assert results[0] == pytest.approx(results[1], abs=1e-6)
-    assert counts[1] > counts[0]
-
-
-def test_evaluation_is_against_the_initial_policy(run, policy, data, tmp_path):
-    """The same whatever k, and computed here with two models from the saved files."""
-    summary = run(dpo, "--steps", 4, "--sync_every", 2, "--lr", 1e-2)
-    assert summary["before"] == {"eval_loss": pytest.approx(math.log(2)), "eval_accuracy": 0.5, "eval_margin": 0.0}
-    args = dpo.parse_args(["--model", str(policy), "--data", str(data["dpo"]), "--eval_size", "4",
-                           "--max_length", "64", "--batch_size", "8"])  # fmt: skip
+    """OPT's layers ask self.training, which activation checkpointing needs: still as without dropout."""
     tokenizer = AutoTokenizer.from_pretrained(policy)
-    _, eval_rows = dpo.load_data(tokenizer, args)
-    margins = []
+    calls, losses, counts, forward = [], [], [], OPTAttention.forward
+    monkeypatch.setattr(OPTAttention, "forward", lambda *a, **more: (calls.append(1), forward(*a, **more))[1])
+    for dropout, more in ((0.0, ()), (0.5, ("--activation_checkpointing",))):
+        config = OPTConfig(vocab_size=len(tokenizer), hidden_size=32, ffn_dim=64, num_hidden_layers=2,
+                           num_attention_heads=2, max_position_embeddings=256, word_embed_proj_dim=32,
+                           init_std=0.1, pad_token_id=0, bos_token_id=1, eos_token_id=1, dropout=dropout,
+                           attention_dropout=dropout, activation_dropout=dropout, layerdrop=dropout)  # fmt: skip
+        torch.manual_seed(0)
+        OPTForCausalLM(config).save_pretrained(tmp_path / "opt")
+        tokenizer.save_pretrained(tmp_path / "opt")
+        calls.clear()
+        lines = run(dpo, "--model", tmp_path / "opt", "--steps", 3, "--eval_size", 0, "--overwrite", *more)
+        losses.append([line["loss"] for line in lines[1:]])
+        counts.append(len(calls))
+        assert lines[1]["abs_logratio"] == 0 < lines[2]["abs_logratio"]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+    assert counts[1] > counts[0]  # layers ran again in the backward pass
+
+
+def test_the_learning_rate(script, run):
+    """A rise from the first update, then constant, or with --lr_decay down to 0 at the last update."""
+    constant = run(script, "--steps", 6, "--warmup", 4, "--lr", 0.008)
+    assert [x["lr"] for x in constant[1:]] == pytest.approx([0.002, 0.004, 0.006, 0.008, 0.008, 0.008])
+    decayed = run(script, "--steps", 6, "--warmup", 2, "--lr", 0.008, "--lr_decay", "--overwrite")
+    assert [x["lr"] for x in decayed[1:]] == pytest.approx([0.004, 0.008, 0.006, 0.004, 0.002, 0.0])
+
+
+def test_examples_of_one_prompt_share_rows_in_a_run(script, run, monkeypatch):
+    seen, logps = [], script.response_logps
+
+    def watch(model, examples, *args):
+        seen.append((model.row_tokens, len(common.layout(model, examples)[0]) < len(examples)))
+        return logps(model, examples, *args)
+
+    monkeypatch.setattr(script, "response_logps", watch)
+    run(script, "--steps", 1)
+    assert {tokens for tokens, _ in seen} == {64}  # 2 H
+    assert any(shared for _, shared in seen) == (script is not kto)  # its prompts all differ
+
+
+# --- Data and evaluation ---
+
+
+def test_a_ragged_batch_is_left_out_and_epochs_differ(script, flags, policy):
+    args = script.parse_args(flags(script, "--batch_size", 7, "--epochs", 2))
+    args.steps = None
+    rows, full = read(script, policy, args), 6 if script is grpo else 7  # GRPO's groups of two are whole
+    batches = [labelled(batch) for batch in script.make_batches(rows, args)]
+    count = len(rows) // full
+    if script is grpo and len(rows) % full == 0:
+        assert len(batches) == 2 * count
+    assert [len(batch) for batch in batches] == [full] * 2 * count
+    first, second = ([row.examples[0] for batch in half for row in batch] for half in (batches[:count], batches[count:]))
+    assert len(set(map(str, first))) == len(first) and first != second and first != sorted(first)
+    assert batches == [labelled(batch) for batch in script.make_batches(rows, args)]
+    args.steps = 9  # of as many epochs as it takes
+    assert batches[:9] == [labelled(batch) for batch in script.make_batches(rows, args)]
+
+
+def test_held_out_prompts_are_never_trained_on(script, flags, policy, run, spy, tmp_path):
+    """min(128, 5%) of the prompts, or those of --eval_data."""
+    rows = make_rows(kind_of(script), 48)
+    many = write_jsonl(tmp_path / "many.jsonl", rows + rows)  # every prompt twice
+    other = write_jsonl(tmp_path / "other.jsonl", rows[:5])
+    for more, size in (((), 2), (("--eval_data", other), 5)):
+        args = script.parse_args(flags(script, "--data", many, *more))
+        args.eval_size = None
+        found = read(script, policy, args)
+        others = [row for row in found if row.prompt in {r.prompt for r in found[:5 * (1 + (script is grpo))]}]
+        train, held_out = script.hold_out(found, others if more else [], args)
+        prompts = {row.prompt for row in held_out}
+        assert len(prompts) == size and not prompts & {row.prompt for row in train}
+        assert prompts | {row.prompt for row in train} == {row.prompt for row in found}
+    seen = spy(script)
+    run(script, "--data", many, "--eval_data", other, "--eval_size", 5, "--steps", 24)
+    args = script.parse_args(flags(script, "--data", other))
+    evaluated = {row.prompt for row in read(script, policy, args)}
+    prompts = {tuple(e.ids[: e.prompt_len]) for examples, _, _ in seen for e in examples}
+    assert len(evaluated) == 5 and 40 < len(prompts) <= 43 and not evaluated & prompts
+
+
+def test_evaluation_is_against_the_initial_policy(script, run, flags, policy, tmp_path):
+    """Whatever k: computed here with two models from the saved files. GRPO: is the better one ahead?"""
+    more = ("--sync_every", 2, "--lr", 1e-2, "--eval_size", 12)
+    lines, args = run(script, *more), script.parse_args(flags(script, *more))
+    _, eval_rows = script.hold_out(read(script, policy, args), [], args)
+    models = load(tmp_path / "run" / "final"), load(policy)
+    z = []
     for row in eval_rows:
-        sums = []
-        for net in (load(tmp_path / "run" / "final"), load(policy)):
-            with torch.no_grad():
-                logp, mask = common.response_logps(net, row.examples)
-            sums.append((logp * mask).sum(-1))
-        margins.append(0.5 * ((sums[0] - sums[1])[0] - (sums[0] - sums[1])[1]))
-    margins = torch.stack(margins)
-    assert summary["after"]["eval_margin"] == pytest.approx(margins.mean().item(), abs=1e-4)
-    assert summary["after"]["eval_accuracy"] == (margins > 0).float().mean().item()
+        with torch.no_grad():
+            new, old = (common.response_logps(net, row.examples)[0].sum(-1) for net in models)
+        z.append(new - old)
+    z = torch.stack(z)  # (rows, 1), DPO's (rows, 2)
+    if script is dpo:
+        margin = 0.5 * (z[:, 0] - z[:, 1])
+        before = {"eval_loss": math.log(2), "eval_accuracy": 0.5, "eval_margin": 0.0}
+        after = {"eval_loss": -margin.sigmoid().log().mean(), "eval_accuracy": (margin > 0).float().mean(),
+                 "eval_margin": margin.mean()}  # fmt: skip
+    elif script is kto:
+        good, reward = torch.tensor([row.desirable for row in eval_rows]), 0.5 * z[:, 0]
+        before = {"eval_loss": 0.5, "eval_margin": 0.0}
+        after = {"eval_loss": (1 - torch.where(good, reward, -reward).sigmoid()).mean(),
+                 "eval_margin": reward[good].mean() - reward[~good].mean()}  # fmt: skip
+    else:
+        first, second = z[0::2, 0], z[1::2, 0]
+        better = torch.tensor([row.reward for row in eval_rows[0::2]]) > torch.tensor([row.reward for row in eval_rows[1::2]])
+        before, after = {"eval_agreement": 0.5}, {"eval_agreement": ((first > second) == better).float().mean()}
+    assert lines[0] == pytest.approx({"step": 0} | before)
+    found = {name: value for name, value in lines[-1].items() if name.startswith("eval")}
+    assert found == pytest.approx({name: float(value) for name, value in after.items()}, abs=1e-4)
+    assert z.abs().max() > 0.1
 
 
-def test_humanline_sampling_trains(script, run, tmp_path):
-    run(script, "--humanline", "sample", "--lr", 1e-2)
-    last = metrics_of(tmp_path / "run")[-1]
-    assert 0 < last["unclipped"] < 1 and math.isfinite(last["loss"])
+def gsm8k(script):
+    path = SHARED / f"gsm8k_{ {dpo: 'pairs', kto: 'labels', grpo: 'groups'}[script] }.jsonl"
+    if not path.exists():
+        pytest.skip(f"{path} is not there")
+    return path
 
 
-def test_warmup_rises_from_the_first_update_and_then_stays(script, run, tmp_path):
-    run(script, "--steps", 5, "--warmup", 4, "--lr", 0.008)
-    assert [m["lr"] for m in metrics_of(tmp_path / "run")[1:]] == pytest.approx([0.002, 0.004, 0.006, 0.008, 0.008])
-
-
-def test_a_ragged_batch_is_left_out_and_epochs_differ(script, flags, policy, capsys):
-    args = script.parse_args(flags(script, "--batch_size", 7))
-    rows, _ = script.load_data(AutoTokenizer.from_pretrained(policy), args)
-    first, second = (script.epoch_batches(rows, epoch, args) for epoch in (0, 1))
-    sizes = [sum(getattr(row, "desirable", 0) is not None for row in batch) for batch in first]
-    full = 6 if script is grpo else 7  # GRPO's groups of two are whole
-    assert sizes == [full] * (len(rows) // full)
-    assert first != second and first == script.epoch_batches(rows, 0, args)
-
-
-def test_a_run_over_gsm8k_pairs_learns_them(run, policy, tmp_path):
+def test_a_run_over_gsm8k_learns_its_rows(script, run):
     """Real text, a tokenizer that knows few of its characters, and a tiny model."""
-    from conftest import SHARED
-
-    path = SHARED / "gsm8k_pairs.jsonl"
-    if not path.exists():
-        pytest.skip(f"{path} is not there")
-    summary = run(dpo, "--data", path, "--max_rows", 64, "--max_length", 256, "--steps", 12, "--eval_size", 8,
-                  "--micro_tokens", 2048)  # fmt: skip
-    lines = metrics_of(tmp_path / "run")
-    assert summary["steps"] == 12 and summary["tokens"] > 10_000
-    assert sum(m["accuracy"] for m in lines[-4:]) / 4 > 0.5
+    lines = run(script, "--data", gsm8k(script), "--max_rows", 16, "--max_length", 256, "--steps", 24,
+                "--eval_size", 0, "--sync_every", 0, "--lr", 1e-2, "--micro_tokens", 2048)  # fmt: skip
+    assert len(lines) == 25 and sum(line["tokens"] for line in lines[1:]) > 20_000
+    name, least = {dpo: ("accuracy", 0.8), kto: ("margin", 1.0), grpo: ("agreement", 0.7)}[script]
+    last = [line[name] for line in lines[-6:] if line.get("frac_zero_std", 0) < 1]
+    assert sum(last) / len(last) > least
 
 
-def test_a_run_over_gsm8k_labels(run, tmp_path):
-    from conftest import SHARED
+def test_little_padding_on_gsm8k(script, policy, monkeypatch):
+    """Under 8% at the default batch sizes, where the lengths of real answers differ."""
+    args = script.parse_args(["--model", "-", "--data", str(gsm8k(script)), "--max_rows", "400"])
+    rows, lengths = read(script, policy, args), []
+    assert len(rows) >= 400
 
-    path = SHARED / "gsm8k_labels.jsonl"
-    if not path.exists():
-        pytest.skip(f"{path} is not there")
-    summary = run(kto, "--data", path, "--max_rows", 64, "--max_length", 256, "--steps", 8, "--eval_size", 4,
-                  "--micro_tokens", 2048)  # fmt: skip
-    assert summary["steps"] == 8 and set(summary["after"]) >= {"eval_loss", "eval_above_median"}
+    def watch(model, examples, temperature):
+        lengths.append(common.layout(model, examples)[1])
+        return torch.zeros(len(examples), 1), None
+
+    # The toy tokenizer makes a token of a character; real ones make one of about four.
+    for i, row in enumerate(rows):
+        short = [common.Example([*e.ids[: e.prompt_len : 4], *e.ids[e.prompt_len :: 4]], -(-e.prompt_len // 4))
+                 for e in row.examples]  # fmt: skip
+        rows[i] = row._replace(examples=short)
+    monkeypatch.setattr(script, "response_logps", watch)
+    model = SimpleNamespace(device=torch.device("cpu"), row_tokens=512)
+    for batch in script.make_batches(rows, args)[:4]:
+        assert len(list(script.policy_logps(model, batch, args))) < len(batch)
+    padded = sum(len(micro) * max(micro) for micro in lengths)
+    assert 1 - sum(map(sum, lengths)) / padded < 0.08
 
 
-@pytest.mark.parametrize("k", [0, 100])
-def test_a_window_scores_each_row_once(script, run, monkeypatch, k):
-    """Two epochs in one window: the policy has not changed, so a row's scores have not."""
-    scored = []
-    score = script.score
-    monkeypatch.setattr(script, "score", lambda model, rows, *more: scored.extend(rows) or score(model, rows, *more))
-    monkeypatch.setattr(script, "describe", lambda *args: None)
-    run(script, "--sync_every", k, "--steps", 20, "--eval_size", 0)
-    trained = [row for row in scored if getattr(row, "desirable", 0) is not None]
-    assert len(trained) == len(set(map(id, trained))) == (96 if script is grpo else 48)
+# --- GRPO's groups ---
 
 
 def test_advantages_by_hand():
     assert grpo.group_advantages([0.7] * 7) == [0.0] * 7  # exactly
     assert grpo.group_advantages([1, 0, 0, 1]) == pytest.approx([1, -1, -1, 1], abs=3e-4)
-    advantages = grpo.group_advantages([3.0, 1.0])
-    assert advantages == pytest.approx([1 / 1.0001, -1 / 1.0001])
+    assert grpo.group_advantages([3.0, 1.0]) == pytest.approx([1 / 1.0001, -1 / 1.0001])
 
 
 def test_equal_rewards_make_no_update(run, policy, tmp_path):
     rows = [dict(row, rewards=[0.7, 0.7]) for row in make_rows("grpo", 48)]
-    run(grpo, "--data", write_jsonl(tmp_path / "rows.jsonl", rows), "--beta", 0)
+    lines = run(grpo, "--data", write_jsonl(tmp_path / "rows.jsonl", rows), "--beta", 0)
     before, after = load(policy).state_dict(), load(tmp_path / "run" / "final").state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
-    assert all(m["frac_zero_std"] == 1 and m["grad_norm"] == 0 for m in metrics_of(tmp_path / "run")[1:])
+    assert all(line["frac_zero_std"] == 1 and line["grad_norm"] == 0 for line in lines[1:])
 
 
-def test_rows_of_one_prompt_run_together_as_far_as_micro_tokens_allow(script):
-    """Where they share a row; a row's own examples always."""
-    sharing = SimpleNamespace(device=torch.device("cpu"), row_tokens=100)
-
-    def row(prompt, *lengths):
-        examples = [common.Example([prompt] * 5 + [9] * n, 5) for n in lengths]
-        return script.Row(examples, *({dpo: (), kto: (True,), grpo: (prompt, 0.0)}[script]))
-
-    lengths = [(1, 20), (2, 30), (1, 10), (2, 20), (1, 30)]  # prompt 1: a row of 65 tokens, 2: of 55
-    rows = [row(prompt, n) for prompt, n in lengths]
-    assert script.plan(sharing, rows, 10**6) == [[0, 2, 4, 1, 3]]
-    assert script.plan(sharing, rows, 100) == [[0, 2, 4], [1, 3]]
-    assert script.plan(sharing, rows, 60) == [[1, 3], [4], [0, 2]]  # 65 are too many
-    apart = script.plan(ON_CPU, rows, 70)
-    assert apart == [[4, 1], [0, 3], [2]]
-    if script is dpo:  # pairs stay whole where a row is too short for both
-        pairs = [row(1, 60, 70), row(2, 20, 20)]
-        assert script.plan(sharing, pairs, 10**6) == [[0, 1]] and script.plan(sharing, pairs, 50) == [[0], [1]]
-
-
-def test_groups_of_any_size_and_form(run, policy, tmp_path, capsys):
-    """Rows of one prompt are a group; batches are whole groups filled to --batch_size."""
-    rows = [{"prompt": f"a{i % 5}", "completion": f"{i}", "reward": i} for i in range(17)]
+def test_groups_of_any_size_and_form(policy, tmp_path):
+    """Rows of one prompt are a group wherever they stand; batches are whole groups, as many as fit."""
+    rows = [{"prompt": f"a{i % 5}", "completion": f"{i}", "reward": i**2} for i in range(17)]
     path = write_jsonl(tmp_path / "rows.jsonl", rows)
-    args = grpo.parse_args(["--model", str(policy), "--data", str(path), "--batch_size", "7", "--eval_size", "0"])
-    found, _ = grpo.load_data(AutoTokenizer.from_pretrained(policy), args)
-    assert [len(group) for group in grpo.groups_of(found)] == [4, 4, 3, 3, 3]
-    for group in grpo.groups_of(found):
-        assert [r.advantage for r in group] == grpo.group_advantages([r.reward for r in group])
-    for batch in grpo.epoch_batches(found, 0, args):
-        assert len(batch) <= 7
-        assert all(len([r for r in batch if r.group == g]) in (3, 4) for g in {r.group for r in batch})
+    args = grpo.parse_args(["--model", "x", "--data", str(path), "--batch_size", "8", "--epochs", "3"])
+    for batch in grpo.make_batches(read(grpo, policy, args), args):
+        groups = {prompt: [row for row in batch if row.prompt == prompt] for prompt in {row.prompt for row in batch}}
+        assert sorted(map(len, groups.values())) in ([3, 3], [3, 4], [4, 4])
+        for group in groups.values():
+            assert [row.advantage for row in group] == grpo.group_advantages([row.reward for row in group])
     armorm = {"prompt": "q", "all_generated_responses": ["a", "b", "c"], "all_rm_scores": [0.1, 0.2, 0.3],
               "chosen": [], "rejected": []}  # fmt: skip
-    responses = grpo.encode_row(AutoTokenizer.from_pretrained(policy), armorm, "here:1", args)
-    assert [r.reward for r in responses] == [0.1, 0.2, 0.3]
+    responses = grpo.encode_row(AutoTokenizer.from_pretrained(policy), None, args, armorm)
+    assert [row.reward for row in responses] == [0.1, 0.2, 0.3]
 
 
-def test_a_run_over_gsm8k_groups(run, tmp_path):
-    from conftest import SHARED
-
-    path = SHARED / "gsm8k_groups.jsonl"
-    if not path.exists():
-        pytest.skip(f"{path} is not there")
-    summary = run(grpo, "--data", path, "--max_rows", 32, "--max_length", 256, "--steps", 6, "--eval_size", 4,
-                  "--micro_tokens", 2048)  # fmt: skip
-    assert summary["steps"] == 6 and 0 <= summary["after"]["eval_agreement"] <= 1
+# --- KTO's classes and mismatched pairs ---
 
 
 def test_kto_by_hand():
@@ -424,100 +476,58 @@ def test_kto_by_hand():
     torch.testing.assert_close(shifted[:2], torch.tensor([0.5, 0.5]))
 
 
-def test_the_reference_point_gets_no_gradient(run, policy, spy, monkeypatch):
-    """The gradient of the trained rows alone, with ẑ0 a number."""
-    points = []
-    loss = kto.kto_loss
+def test_the_reference_point_gets_no_gradient(run, monkeypatch):
+    points, loss = [], kto.kto_loss
     monkeypatch.setattr(kto, "kto_loss", lambda z, m, d, kl, *more: points.append(kl) or loss(z, m, d, kl, *more))
-    run(kto, "--lr", 1e-2)
-    assert points and not any(point.requires_grad for point in points)
+    run(kto, "--lr", 1e-2, "--eval_size", 0)
+    assert max(points) > 0 and not any(point.requires_grad for point in points)
 
 
-def test_mismatched_pairs_skip_the_own_prompt():
-    """Pairs taken apart stand side by side: the next response to *another* prompt is taken."""
+def test_mismatched_pairs():
+    """The next response to *another* prompt; of groups the i-th with the i-th, so that no pair comes twice."""
     def row(prompt, response):
         return kto.Row([common.Example([prompt, response], 1)], True)
 
-    batch = [row(1, 10), row(1, 11), row(2, 20), row(3, 30), row(1, 12)]
-    found = [tuple(r.examples[0].ids) for r in kto.mismatched(batch, 64)]
-    assert found == [(1, 20), (1, 20), (2, 30), (3, 12), (1, 20)]
-    assert all(r.desirable is None for r in kto.mismatched(batch, 64))
+    def pairs(batch, longest=64):
+        found = kto.mismatched(batch, SimpleNamespace(max_length=longest))
+        assert all(row.desirable is None for row in found)
+        return [tuple(row.examples[0].ids) for row in found]
+
+    assert pairs([row(1, 10), row(2, 20), row(3, 30)]) == [(1, 20), (2, 30), (3, 10)]  # rotated by one
+    batch = [row(1, 10), row(1, 11), row(2, 20), row(2, 21), row(3, 30)]
+    assert pairs(batch) == [(1, 20), (1, 21), (2, 30), (2, 30), (3, 10)]
+    groups = [row(prompt, 10 * prompt + i) for prompt in range(1, 9) for i in range(8)]
+    for batch in (groups, random.Random(0).sample(groups, 64)):
+        found = pairs(batch)
+        assert len(set(found)) == 64 and all(prompt != response // 10 for prompt, response in found)
     long = kto.Row([common.Example([7] * 9 + [8], 9)], False)
-    assert [len(r.examples[0].ids) for r in kto.mismatched([long, row(1, 2)], 10)] == [10, 2]
+    assert pairs([long, row(1, 2)], 10) == [(7,) * 9 + (2,), (1, 8)]
+    assert [len(ids) for ids in pairs([long, kto.Row([common.Example([1, 2, 3], 1)], True)], 10)] == [10, 2]
 
 
-def test_a_batch_of_one_class_in_mixed_data(run, data, tmp_path, monkeypatch):
-    batches = kto.epoch_batches
+def test_a_batch_of_one_class_in_mixed_data(run, tmp_path):
+    rows = [row | {"label": i > 0} for i, row in enumerate(make_rows("kto", 16))]
+    lines = run(kto, "--data", write_jsonl(tmp_path / "rows.jsonl", rows), "--eval_size", 0, "--steps", 2)
+    assert all(math.isfinite(x) for line in lines for x in line.values())
+    assert 0.0 in [lines[2]["reward_undesirable"], lines[2]["reward_desirable"]]
 
-    def sorted_batches(rows, epoch, args):
-        rows = sorted(rows, key=lambda row: row.desirable)
-        monkeypatch.setattr(kto.random.Random, "sample", lambda self, items, n: list(items))
-        return batches(rows, epoch, args)
 
-    monkeypatch.setattr(kto, "epoch_batches", sorted_batches)
-    run(kto, "--eval_size", 0)
-    first = metrics_of(tmp_path / "run")[1]
-    assert "reward_undesirable" in first and "reward_desirable" not in first and "margin" not in first
+def test_weights_by_class(run, tmp_path):
+    """Update 1 has the loss ½ of each row times its weight: six desirable rows and two that are not."""
+    path = write_jsonl(tmp_path / "rows.jsonl", [row | {"label": i > 1} for i, row in enumerate(make_rows("kto", 8))])
+    lines = run(kto, "--data", path, "--eval_size", 0, "--steps", 1, "--desirable_weight", 3)
+    assert lines[1]["loss"] == pytest.approx((6 * 3 + 2) / 2 / 8)
 
 
 def test_pairs_are_taken_apart(policy):
     tokenizer = AutoTokenizer.from_pretrained(policy)
-    args = kto.parse_args(["--model", "x", "--data", "x"])
+    args = kto.parse_args(["--model", "x"])
     user, a = [{"role": "user", "content": "a"}], [{"role": "assistant", "content": "b"}]
     b = [{"role": "assistant", "content": "c"}]
     for row in ({"prompt": "a", "chosen": "b", "rejected": "c"}, {"chosen": user + a, "rejected": user + b}):
-        rows = kto.encode_row(tokenizer, row, "here:1", args)
+        rows = kto.encode_row(tokenizer, None, args, row)
         texts = [(tokenizer.decode(r.examples[0].ids), r.desirable) for r in rows]
         head = "<|user|>a<|end|><|assistant|>"
         assert texts == [(head + "b<|end|>", True), (head + "c<|end|>", False)]
-    (row,) = kto.encode_row(tokenizer, {"prompt": user, "completion": a, "label": 1}, "here:1", args)
+    (row,) = kto.encode_row(tokenizer, None, args, {"prompt": user, "completion": a, "label": 1})
     assert row.desirable is True
-
-
-def test_sizes_and_splits(script, flags, policy, data, tmp_path):
-    """min(128, 5%) of the prompts are held out, and none of them is trained on, eval_data's neither."""
-    kind = script.__name__.removeprefix("humanline_")
-    tokenizer = AutoTokenizer.from_pretrained(policy)
-    rows = make_rows(kind, 48)
-    many = write_jsonl(tmp_path / "many.jsonl", rows + rows)  # every prompt twice
-    argv = flags(script, "--data", many)
-    del argv[argv.index("--eval_size") : argv.index("--eval_size") + 2]
-    train, held_out = script.load_data(tokenizer, script.parse_args(argv))
-    prompts = {script.prompt_of(row) for row in held_out}
-    assert len(prompts) == 2 and not prompts & {script.prompt_of(row) for row in train}
-    other = write_jsonl(tmp_path / "other.jsonl", rows[:5])
-    train, held_out = script.load_data(tokenizer, script.parse_args([*argv, "--eval_data", str(other)]))
-    prompts = {script.prompt_of(row) for row in held_out}
-    assert len(prompts) == 5 and not prompts & {script.prompt_of(row) for row in train}
-
-
-def test_examples_of_one_prompt_share_rows_in_a_run(script, run, monkeypatch):
-    seen, logps = [], script.response_logps
-
-    def watch(model, examples, *args):
-        seen.append((model.row_tokens, len(examples), len(common.layout(model, examples)[0])))
-        return logps(model, examples, *args)
-
-    monkeypatch.setattr(script, "response_logps", watch)
-    run(script, "--steps", 1)
-    assert {tokens for tokens, _, _ in seen} == {64}  # 2 H
-    assert any(rows < examples for _, examples, rows in seen) == (script is not kto)  # its prompts all differ
-
-
-@pytest.mark.skipif(not SHARED.exists(), reason="no ../shared/data")
-def test_little_padding_on_gsm8k(script, policy):
-    """Under 8% at the default batch sizes, where the lengths of real answers differ."""
-    file = SHARED / f"gsm8k_{ {dpo: 'pairs', kto: 'labels', grpo: 'groups'}[script] }.jsonl"
-    args = script.parse_args(["--model", "-", "--data", str(file), "--eval_size", "0", "--max_rows", "400"])
-    tokenizer = AutoTokenizer.from_pretrained(policy)
-    rows, _ = script.load_data(tokenizer, args)
-    assert len(rows) >= 400
-    # The toy tokenizer makes a token of a character; real ones make one of about four.
-    shorter = [common.Example([*e.ids[: e.prompt_len : 4], *e.ids[e.prompt_len :: 4]], -(-e.prompt_len // 4))
-               for row in rows for e in row.examples]
-    shorter = iter(shorter)
-    rows = [row._replace(examples=[next(shorter) for _ in row.examples]) for row in rows]
-    model = SimpleNamespace(device=torch.device("cpu"), row_tokens=512)
-    for batch in script.epoch_batches(rows, 0, args)[:4]:
-        micros = [[e for i in micro for e in batch[i].examples] for micro in script.plan(model, batch, 16384)]
-        assert common.padded_share(model, micros) < 0.08
