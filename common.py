@@ -17,7 +17,7 @@ from transformers import GenerationConfig
 
 # Bytes of float32 logits that exist at once: on a CPU they should fit the cache, on a GPU fill it;
 # and tokens of padding that are cheaper than one more micro-batch. CUDA's numbers are guesses.
-CHUNK_BYTES = {"cpu": 2**25, "cuda": 2**28}
+CHUNK_BYTES = {"cpu": 2**24, "cuda": 2**28}
 MAX_PADDING = {"cpu": 64, "cuda": 512}
 ROLES = ("system", "developer", "user", "assistant", "tool")
 

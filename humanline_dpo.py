@@ -1,9 +1,9 @@
 r"""Humanline DPO: direct preference optimization on fixed pairs that learns as if they were fresh.
 
 Paper: "Humanline: Online Alignment as Perceptual Loss" (arXiv 2509.24207), on top of DPO (Rafailov
-et al. 2023, arXiv 2305.18290). People perceive likely and unlikely outcomes with a bias, and what
-the policy samples looks to it as to them: with that bias in the loss, fixed data will do. A clamp
-is perception at its simplest: what lies beyond the bounds is seen as on them, and moves nothing.
+et al. 2023, arXiv 2305.18290). People misjudge how likely outcomes are, and fresh samples of the
+policy happen to carry that bias: put it into the loss, and fixed data will do. A clamp is such a
+perception at its simplest: what lies beyond the bounds is seen as on them, and moves nothing.
 
   clipping  every token's log-ratio is clamped to [log ε_P, log ε_R] before anything is summed;
   syncing   every k updates the reference becomes the policy as it was just before the update.
@@ -21,7 +21,7 @@ is perception at its simplest: what lies beyond the bounds is seen as on them, a
                   mask                  (B, T)  true on response tokens, their end included
   log r_θ         logratio              (B, T)  log π_θ − log π_ref, the token's surprisal
   z               perceived             (B, T)  the log-ratio as a human would see it
-  log ε_P, ε_R    log_eps_P, log_eps_R  bounds. P: too unlikely for the Policy; R: the Reverse
+  log ε_P, ε_R    log_eps_P, log_eps_R  bounds. P: the Policy finds it too unlikely; R: Reverse
   k, β            sync_every, beta      updates between syncs; inverse temperature
 
 Departures from the authors' code: means are over the whole update, however it is cut; M_P and M_R
@@ -68,17 +68,17 @@ def perceive(logratio: Tensor, mask: Tensor, mode: str, log_eps_P: float, log_ep
     4.3): a token keeps its value but no gradient if π_θ/π_ref < M_P B_P or π_ref/π_θ < M_R B_R,
     with draws B ~ Beta(γ, β) per token, M the response's largest such ratio.
     """
-    z = torch.where(mask, logratio, 0.0)  # masked first: padding never meets a clamp or an exp
+    z = torch.where(mask, logratio, 0.0)  # masked first: padding meets no clamp, no exp
     if mode == "off":
         return z, torch.zeros_like(mask), torch.zeros_like(mask)
     if mode == "clip":
         return z.clamp(log_eps_P, log_eps_R), mask & (z < log_eps_P), mask & (z > log_eps_R)
-    def rejected(value, gamma, beta):  # a draw that underflows rejects nothing
+    def too_low(value, gamma, beta):  # a draw that underflows is below all
         draws = torch.distributions.Beta(*value.new_tensor([gamma, beta])).sample(value.shape)
         log_M = value.masked_fill(~mask, -math.inf).amax(-1, keepdim=True)  # (B, 1)
         return mask & (value < log_M + draws.log())
 
-    low, high = rejected(z.detach(), gamma_P, beta_P), rejected(-z.detach(), gamma_R, beta_R)
+    low, high = too_low(z.detach(), gamma_P, beta_P), too_low(-z.detach(), gamma_R, beta_R)
     return torch.where(low | high, z.detach(), z), low, high
 
 
@@ -129,11 +129,11 @@ def score(model, batch: list[Row], args) -> list[Row]:
 
 
 def next_window(model, queue: deque, rollouts, more: int, args) -> deque:
-    """The next k batches (k = 0: all), scored by the policy; if none is left it writes `more`."""
+    """The next k batches (k = 0: all), scored by the policy; if none is left, it samples more."""
     if not queue and more:
         queue.extend(sample_batches(model, rollouts, more, args))
-    bar = tqdm(range(args.sync_every or len(queue)), "scoring", leave=False, delay=2)
-    return deque([score(model, queue.popleft(), args) for _ in bar if queue])
+    taken = [queue.popleft() for _ in range(min(args.sync_every or len(queue), len(queue)))]
+    return deque(score(model, x, args) for x in tqdm(taken, "scoring", leave=False, delay=2))
 
 
 # === 4. One update ===
@@ -149,7 +149,7 @@ def accumulate_gradient(model, batch: list[Row], mode: str, args) -> dict[str, f
         perceived, low, high = perceive(
             logratio, mask, mode, args.log_eps_P, args.log_eps_R, args.gamma_P, args.gamma_R)
         losses = dpo_loss(perceived, mask, args.beta)  # (B/2,)
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled():  # not in an evaluation
             (losses.sum() / pairs).backward()
         reward = args.beta * perceived.detach().sum(-1)  # (B,)
         margin = reward[0::2] - reward[1::2]
@@ -169,19 +169,19 @@ def accumulate_gradient(model, batch: list[Row], mode: str, args) -> dict[str, f
 
 # === 5. Data ===
 def load_rows(source: str, limit: int | None, read: Callable) -> list[Row]:
-    """The first rows of a file or Hub data set, as tokens."""
+    """The first rows of a file or of a Hub data set id[:config[:split]], as tokens."""
     name, config, split = (source.split(":") + ["", ""])[:3]
     kind = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}.get(Path(source).suffix)
     options = {"data_files": source} if kind else {"name": config or None}
     with errors_in(f"{source}: missing, empty or broken"):
-        data = load_dataset(kind or name, split=split or "train", **options)
+        data = [*load_dataset(kind or name, split=split or "train", **options)][:limit]
     rows, dropped = [], 0
-    for i, row in zip(range(limit or len(data)), tqdm(data, "reading", leave=False, delay=2)):
-        with errors_in(f"{source}: row {i + 1} (columns {', '.join(row)})"):
+    for number, row in enumerate(tqdm(data, "reading", leave=False, delay=2), 1):
+        with errors_in(f"{source}: row {number} (columns {', '.join(row)})"):
             found = read(row)
         rows += found
         dropped += not found
-    print(f"{source}: {len(rows)} rows; {dropped} too long or with nothing to learn: dropped")
+    print(f"{source}: {len(rows)} rows; {dropped} dropped: too long or nothing to learn")
     return rows
 
 
@@ -269,12 +269,10 @@ SHOWN = ("step", *EVALUATED, "unclipped", "abs_logratio", "grad_norm", "tokens_p
 
 
 def evaluate(model, rows: list[Row], rollouts, step: int, args) -> dict[str, float]:
-    """Held-out rows, raw and against the *initial* policy, so that all k compare; rewards."""
-    metrics = {}
-    if rows:
-        with torch.no_grad():
-            found = accumulate_gradient(model, rows, "off", args)
-        metrics = {f"eval_{name}": found[name] for name in EVALUATED}
+    """Held-out rows, unclipped, against the *initial* policy (so all k compare); rewards."""
+    with torch.no_grad():
+        metrics = accumulate_gradient(model, rows, "off", args) if rows else {}
+    metrics = {f"eval_{name}": metrics[name] for name in EVALUATED if rows}
     modes = {"greedy": 0.0, "sampled": args.temperature} if rollouts.held_out else {}
     for mode, temperature in modes.items():
         _, texts, rewards = roll_out(model, rollouts, rollouts.held_out, temperature, args)
@@ -287,7 +285,7 @@ def evaluate(model, rows: list[Row], rollouts, step: int, args) -> dict[str, flo
 
 
 def log(metrics: dict, args) -> None:
-    """One dict feeds the line on the screen and metrics.jsonl."""
+    """To the screen and metrics.jsonl."""
     shown = [name for name in metrics if name in SHOWN or name.startswith("eval")]
     tqdm.write(" | ".join(f"{name} {metrics[name]:.4g}" for name in shown))
     with open(Path(args.output_dir) / "metrics.jsonl", "a") as file:
@@ -318,7 +316,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--raw", action="store_true", help="no chat template")
     add("--system_prompt", help="before every prompt")
     add("--max_length", type=number(1, kind=int), default=2048, help="of an example (*)")
-    add("--output_dir", default="runs/dpo", help="for all that is written")
+    add("--output_dir", default="runs/dpo", help="for all output")
     add("--resume", action="store_true", help="go on from the checkpoint")
     add("--overwrite", action="store_true", help="replace a run")
     add = parser.add_argument_group("method").add_argument
@@ -331,7 +329,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--plain", action="store_true", help="no clipping, no syncing")
     add("--beta", type=positive, default=0.1, help="inverse temperature (*)")
     add = parser.add_argument_group("rollouts; --data then holds prompts").add_argument
-    add("--sample_every", type=count, default=0, help="n: updates between them; 0 = never")
+    add("--sample_every", type=count, default=0, help="n: updates between them; 0: never")
     add("--reward", help="FILE.py:FUNCTION; see README.md")
     add("--group_size", type=number(1, kind=int), default=8, help="responses to a prompt")
     add("--temperature", type=positive, default=0.7, help="of samples, log-probs")
@@ -347,19 +345,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--warmup", type=count, default=10, help="updates (*)")
     add("--max_grad_norm", type=positive, default=1.0, help="bound of the gradient (*)")
     add("--activation_checkpointing", action="store_true", help="slower, less memory")
-    add("--eval_every", type=count, default=100, help="updates; 0 = never (*)")
-    add("--save_every", type=count, default=100, help="updates; 0 = never (*)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="or cpu")
+    add("--eval_every", type=count, default=100, help="updates; 0: at the end (*)")
+    add("--save_every", type=count, default=100, help="updates; 0: at the end (*)")
+    add("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
     add("--seed", type=number(-1, 2**32, int), default=0, help="of data order and draws")
     args = parser.parse_args(argv)
-    args.prompts_a_batch = args.batch_size  # of rollouts, at least: a group gives a pair
+    args.prompts_a_batch = args.batch_size  # at least: a group gives one pair or none
     if args.plain:
         args.humanline, args.sync_every = "off", 0
     return args
 
 
 def load_policy(args) -> tuple:
-    """The policy, float32 and without dropout, and its tokenizer."""
+    """The policy, float32, without dropout, and its tokenizer."""
     with errors_in(f"--model {args.model}"):
         tokenizer = AutoTokenizer.from_pretrained(args.model)
         config = AutoConfig.from_pretrained(args.model)
@@ -407,8 +405,9 @@ def main(args: argparse.Namespace) -> None:
             state = torch.load(checkpoint, map_location="cpu", weights_only=True)
     if state["run"] != run:
         raise BadInput(f"--resume: it ran with {dict(state['run'].items() - run.items())}")
-    folder.mkdir(parents=True, exist_ok=True)
-    for file in folder.glob("*.jsonl"):  # what came after the checkpoint is undone
+    with errors_in(f"--output_dir {folder}"):
+        folder.mkdir(parents=True, exist_ok=True)
+    for file in [*folder.glob("metrics.jsonl"), *folder.glob("samples.jsonl")]:
         lines = [x for x in file.open() if x[-1] == "\n" and json.loads(x)["step"] <= state["step"]]
         file.write_text("".join(lines))
     if args.resume:
@@ -418,7 +417,8 @@ def main(args: argparse.Namespace) -> None:
         queue = deque(state["queue"] if n else [*queue][state["step"] + len(window) :])
     else:
         eval_rows = [] if n else score(model, eval_rows, args)
-        means = [logp.mean() for row in eval_rows for logp in row.ref_logp] or [torch.zeros(())]
+        checkpoint.unlink(missing_ok=True)
+        means = [x.mean() for row in eval_rows for x in row.ref_logp] or [torch.tensor(math.nan)]
         quartiles = torch.stack(means).quantile(torch.tensor([0.25, 0.5, 0.75])).numpy().round(2)
         ids, cut = rows[0].examples[0]
         print(f"{tokenizer.decode(ids[:cut])}⟦{tokenizer.decode(ids[cut:])}⟧ (⟦⟧: trained)\n"

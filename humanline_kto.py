@@ -1,9 +1,9 @@
 r"""Humanline KTO: Kahneman-Tversky optimization on fixed labels that learns as if they were fresh.
 
 Paper: "Humanline: Online Alignment as Perceptual Loss" (arXiv 2509.24207), on top of KTO
-(Ethayarajh et al. 2024, arXiv 2402.01306). People perceive likely and unlikely outcomes with a
-bias, and what the policy samples looks to it as to them: with it in the loss, fixed data will do.
-A clamp is the simplest perception: beyond its bounds all looks alike.
+(Ethayarajh et al. 2024, arXiv 2402.01306). People misjudge how likely outcomes are, and fresh
+samples of the policy carry that bias: put it into the loss, and fixed data will do.
+A clamp is the simplest of these: beyond its bounds all looks alike.
 
   clipping  every token's log-ratio is clamped to [log ε_P, log ε_R] before anything is summed;
   syncing   every k updates the reference becomes the policy as it was just before the update.
@@ -22,12 +22,12 @@ A clamp is the simplest perception: beyond its bounds all looks alike.
                   mask                  (B, T)  true on response tokens, their end included
   log r_θ         logratio              (B, T)  log π_θ − log π_ref, the token's surprisal
   z               perceived             (B, T)  the log-ratio as a human sees it
-  log ε_P, ε_R    log_eps_P, log_eps_R  bounds. P: too unlikely for the Policy; R: the Reverse
+  log ε_P, ε_R    log_eps_P, log_eps_R  bounds. P: the Policy finds it too unlikely; R: Reverse
   k, β            sync_every, beta      updates between syncs; how fast the value saturates
   ẑ0; λ_D, λ_U    kl; desirable_weight, undesirable_weight
 Departures from the authors' code: ẑ0 and means are over an update, however it is cut; M_P and M_R
 are per response; the reference lags on one GPU too (theirs aliases live weights: the method is
-off); k is counted anew when new samples are written.
+off); k starts anew with new samples.
     python humanline_kto.py --model Qwen/Qwen2.5-1.5B-Instruct
     (update 1 shows loss 0.5, unclipped 1; --plain is the baseline)
 """
@@ -68,17 +68,17 @@ def perceive(logratio: Tensor, mask: Tensor, mode: str, log_eps_P: float, log_ep
     4.3): a token keeps its value but no gradient if π_θ/π_ref < M_P B_P or π_ref/π_θ < M_R B_R,
     with draws B ~ Beta(γ, β) per token, M the response's largest such ratio.
     """
-    z = torch.where(mask, logratio, 0.0)  # masked first: padding never meets a clamp or an exp
+    z = torch.where(mask, logratio, 0.0)  # masked first: padding meets no clamp, no exp
     if mode == "off":
         return z, torch.zeros_like(mask), torch.zeros_like(mask)
     if mode == "clip":
         return z.clamp(log_eps_P, log_eps_R), mask & (z < log_eps_P), mask & (z > log_eps_R)
-    def rejected(value, gamma, beta):  # a draw that underflows rejects nothing
+    def too_low(value, gamma, beta):  # a draw that underflows is below all
         draws = torch.distributions.Beta(*value.new_tensor([gamma, beta])).sample(value.shape)
         log_M = value.masked_fill(~mask, -math.inf).amax(-1, keepdim=True)  # (B, 1)
         return mask & (value < log_M + draws.log())
 
-    low, high = rejected(z.detach(), gamma_P, beta_P), rejected(-z.detach(), gamma_R, beta_R)
+    low, high = too_low(z.detach(), gamma_P, beta_P), too_low(-z.detach(), gamma_R, beta_R)
     return torch.where(low | high, z.detach(), z), low, high
 
 
@@ -116,7 +116,7 @@ def policy_logps(model, batch: list[Row], args):
             examples = [batch[part[j]].examples[0] for j in micro]
             with torch.autocast(args.device, torch.bfloat16, enabled=args.device == "cuda"):
                 logp, mask = response_logps(model, examples, temperature)  # (B, T)
-            logp = logp.detach() if mismatch else logp  # frees memory
+            logp = logp.detach() if mismatch else logp
             yield [part[j] for j in micro], logp, mask
 
 
@@ -133,18 +133,18 @@ def score(model, batch: list[Row], args) -> list[Row]:
 
 
 def next_window(model, queue: deque, rollouts, more: int, args) -> deque:
-    """The next k batches (k = 0: all), scored by the policy; if none is left it writes `more`."""
+    """The next k batches (k = 0: all), scored by the policy; if none is left, it samples more."""
     if not queue and more:
         queue.extend(sample_batches(model, rollouts, more, args))
-    bar = tqdm(range(args.sync_every or len(queue)), "scoring", leave=False, delay=2)
-    return deque([score(model, queue.popleft(), args) for _ in bar if queue])
+    taken = [queue.popleft() for _ in range(min(args.sync_every or len(queue), len(queue)))]
+    return deque(score(model, x, args) for x in tqdm(taken, "scoring", leave=False, delay=2))
 
 
 # === 4. One update ===
 def accumulate_gradient(model, batch: list[Row], mode: str, args) -> dict[str, float]:
     """Forward and backward of one update; returns its metrics."""
     labelled = [row for row in batch if row.desirable is not None]
-    count, good = len(labelled), sum(row.desirable for row in labelled)  # of an update
+    count, good = len(labelled), sum(row.desirable for row in labelled)
     tokens = sum(len(row.examples[0].ids) - len(row.prompt) for row in labelled)
     kl = torch.zeros((), device=args.device)
     sums = Counter(tokens=sum(len(row.examples[0].ids) for row in labelled))
@@ -179,19 +179,19 @@ def accumulate_gradient(model, batch: list[Row], mode: str, args) -> dict[str, f
 
 # === 5. Data ===
 def load_rows(source: str, limit: int | None, read: Callable) -> list[Row]:
-    """The first rows of a file or Hub data set, as tokens."""
+    """The first rows of a file or of a Hub data set id[:config[:split]], as tokens."""
     name, config, split = (source.split(":") + ["", ""])[:3]
     kind = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}.get(Path(source).suffix)
     options = {"data_files": source} if kind else {"name": config or None}
     with errors_in(f"{source}: missing, empty or broken"):
-        data = load_dataset(kind or name, split=split or "train", **options)
+        data = [*load_dataset(kind or name, split=split or "train", **options)][:limit]
     rows, dropped = [], 0
-    for i, row in zip(range(limit or len(data)), tqdm(data, "reading", leave=False, delay=2)):
-        with errors_in(f"{source}: row {i + 1} (columns {', '.join(row)})"):
+    for number, row in enumerate(tqdm(data, "reading", leave=False, delay=2), 1):
+        with errors_in(f"{source}: row {number} (columns {', '.join(row)})"):
             found = read(row)
         rows += found
         dropped += not found
-    print(f"{source}: {len(rows)} rows; {dropped} too long or with nothing to learn: dropped")
+    print(f"{source}: {len(rows)} rows; {dropped} dropped: too long or nothing to learn")
     return rows
 
 
@@ -204,7 +204,7 @@ def encode_row(tokenizer, reward, args, row: dict) -> list[Row]:
         raise BadInput(f"label is {row.get('label')!r}; write true or false")
     found = [encode(tokenizer, prompt_in(row), row.get(name), args.max_length, args.raw,
                     args.system_prompt, name) for name in labels]
-    same = found == 2 * found[:1]  # of a pair
+    same = found == 2 * found[:1]
     rows = zip(found, labels.values()) if None not in found and not same else []
     return [Row([e], bool(label), source=row) for e, label in rows]
 
@@ -299,12 +299,10 @@ SHOWN = ("step", *EVALUATED, "kl", "unclipped", "abs_logratio", "grad_norm", "to
 
 
 def evaluate(model, rows: list[Row], rollouts, step: int, args) -> dict[str, float]:
-    """Held-out rows, raw and against the *initial* policy, so that all k compare; rewards."""
-    metrics = {}
-    if rows:
-        with torch.no_grad():
-            found = accumulate_gradient(model, rows, "off", args)
-        metrics = {f"eval_{name}": found[name] for name in EVALUATED}
+    """Held-out rows, unclipped, against the *initial* policy (so all k compare); rewards."""
+    with torch.no_grad():
+        metrics = accumulate_gradient(model, rows, "off", args) if rows else {}
+    metrics = {f"eval_{name}": metrics[name] for name in EVALUATED if rows}
     modes = {"greedy": 0.0, "sampled": args.temperature} if rollouts.held_out else {}
     for mode, temperature in modes.items():
         _, texts, rewards = roll_out(model, rollouts, rollouts.held_out, temperature, args)
@@ -317,7 +315,7 @@ def evaluate(model, rows: list[Row], rollouts, step: int, args) -> dict[str, flo
 
 
 def log(metrics: dict, args) -> None:
-    """One dict feeds the line on the screen and metrics.jsonl."""
+    """To the screen and metrics.jsonl."""
     shown = [name for name in metrics if name in SHOWN or name.startswith("eval")]
     tqdm.write(" | ".join(f"{name} {metrics[name]:.4g}" for name in shown))
     with open(Path(args.output_dir) / "metrics.jsonl", "a") as file:
@@ -348,7 +346,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--raw", action="store_true", help="no chat template")
     add("--system_prompt", help="before every prompt")
     add("--max_length", type=number(1, kind=int), default=2048, help="of an example (*)")
-    add("--output_dir", default="runs/kto", help="for all that is written")
+    add("--output_dir", default="runs/kto", help="for all output")
     add("--resume", action="store_true", help="go on from the checkpoint")
     add("--overwrite", action="store_true", help="replace a run")
     add = parser.add_argument_group("method").add_argument
@@ -363,7 +361,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--desirable_weight", type=positive, default=1.0, help="λ_D (*)")
     add("--undesirable_weight", type=positive, default=1.0, help="λ_U")
     add = parser.add_argument_group("rollouts; --data then holds prompts").add_argument
-    add("--sample_every", type=count, default=0, help="n: updates between them; 0 = never")
+    add("--sample_every", type=count, default=0, help="n: updates between them; 0: never")
     add("--reward", help="FILE.py:FUNCTION; see README.md")
     add("--group_size", type=number(1, kind=int), default=8, help="responses to a prompt")
     add("--temperature", type=positive, default=0.7, help="of samples, log-probs")
@@ -379,19 +377,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--warmup", type=count, default=10, help="updates (*)")
     add("--max_grad_norm", type=positive, default=1.0, help="bound of the gradient (*)")
     add("--activation_checkpointing", action="store_true", help="slower, less memory")
-    add("--eval_every", type=count, default=100, help="updates; 0 = never (*)")
-    add("--save_every", type=count, default=100, help="updates; 0 = never (*)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="or cpu")
+    add("--eval_every", type=count, default=100, help="updates; 0: at the end (*)")
+    add("--save_every", type=count, default=100, help="updates; 0: at the end (*)")
+    add("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
     add("--seed", type=number(-1, 2**32, int), default=0, help="of data order and draws")
     args = parser.parse_args(argv)
-    args.prompts_a_batch = math.ceil(args.batch_size / args.group_size)  # at least
+    args.prompts_a_batch = math.ceil(args.batch_size / args.group_size)
     if args.plain:
         args.humanline, args.sync_every = "off", 0
     return args
 
 
 def load_policy(args) -> tuple:
-    """The policy, float32 and without dropout, and its tokenizer."""
+    """The policy, float32, without dropout, and its tokenizer."""
     with errors_in(f"--model {args.model}"):
         tokenizer = AutoTokenizer.from_pretrained(args.model)
         config = AutoConfig.from_pretrained(args.model)
@@ -439,8 +437,9 @@ def main(args: argparse.Namespace) -> None:
             state = torch.load(checkpoint, map_location="cpu", weights_only=True)
     if state["run"] != run:
         raise BadInput(f"--resume: it ran with {dict(state['run'].items() - run.items())}")
-    folder.mkdir(parents=True, exist_ok=True)
-    for file in folder.glob("*.jsonl"):  # what came after the checkpoint is undone
+    with errors_in(f"--output_dir {folder}"):
+        folder.mkdir(parents=True, exist_ok=True)
+    for file in [*folder.glob("metrics.jsonl"), *folder.glob("samples.jsonl")]:
         lines = [x for x in file.open() if x[-1] == "\n" and json.loads(x)["step"] <= state["step"]]
         file.write_text("".join(lines))
     if args.resume:
@@ -450,7 +449,8 @@ def main(args: argparse.Namespace) -> None:
         queue = deque(state["queue"] if n else [*queue][state["step"] + len(window) :])
     else:
         eval_rows = [] if n else score(model, eval_rows, args)
-        means = [logp.mean() for row in eval_rows for logp in row.ref_logp] or [torch.zeros(())]
+        checkpoint.unlink(missing_ok=True)
+        means = [x.mean() for row in eval_rows for x in row.ref_logp] or [torch.tensor(math.nan)]
         quartiles = torch.stack(means).quantile(torch.tensor([0.25, 0.5, 0.75])).numpy().round(2)
         ids, cut = rows[0].examples[0]
         print(f"{tokenizer.decode(ids[:cut])}⟦{tokenizer.decode(ids[cut:])}⟧ (⟦⟧: trained)\n"

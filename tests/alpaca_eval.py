@@ -16,8 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
-import humanline_dpo  # noqa: E402
-from common import BadInput, encode_prompt  # noqa: E402
+from common import BadInput, encode_prompt, sample_responses  # noqa: E402
+from humanline_dpo import load_rows  # noqa: E402
 
 
 def main(argv: list[str] | None = None) -> list[dict]:
@@ -29,19 +29,19 @@ def main(argv: list[str] | None = None) -> list[dict]:
     parser.add_argument("--gen_batch", type=int, default=64)
     parser.add_argument("--generator", help="the name in the table (default: the folder)")
     args = parser.parse_args(argv)
-    args.device, args.raw, args.temperature = "cuda" if torch.cuda.is_available() else "cpu", False, 1.0
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).to(args.device).eval()
-    prompts = []
-    for where, row in humanline_dpo.read_rows(args.data):
-        text = humanline_dpo.field(row, "instruction" if "instruction" in row else "prompt", where)
-        prompts.append(humanline_dpo.Prompt(encode_prompt(tokenizer, text), text, row))
-    examples = humanline_dpo.generate(model, tokenizer, prompts, args, greedy=True)
-    texts = [tokenizer.decode(e.ids[e.prompt_len :], skip_special_tokens=True) for e in examples]
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).to(device).eval()
+
+    def read(row):
+        text = row.get("instruction") or row.get("prompt")
+        return [(text, encode_prompt(tokenizer, text)[0])]
+
+    prompts, ids = zip(*load_rows(args.data, None, read))
+    with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+        _, texts = sample_responses(model, tokenizer, ids, args.max_new_tokens, 0.0, args.gen_batch)
     name = args.generator or str(args.model)
-    rows = [{"instruction": p.text, "output": text, "generator": name} for p, text in zip(prompts, texts)]
+    rows = [{"instruction": p, "output": text, "generator": name} for p, text in zip(prompts, texts)]
     Path(args.output).write_text(json.dumps(rows, indent=1, ensure_ascii=False))
     return rows
 

@@ -44,7 +44,7 @@ import common  # noqa: E402
 
 KINDS = {"dpo": "pairs", "kto": "labels", "grpo": "groups"}
 BATCH = {"dpo": 16, "kto": 16, "grpo": 32}  # 32 sequences each, with KTO's mismatched pairs
-OURS = {"cpu": {"micro_tokens": 2048}}  # the flag for memory, as a CPU's user would set it
+OURS = {"cpu": {"micro_tokens": 2048, "max_length": 2048}}  # flags for memory, as a CPU's user would set them
 UPDATES = 4  # the first warms up, the last scores nothing for a next: two are timed
 SIZES = {  # of Qwen2.5: hidden, intermediate, layers, heads, key-value heads, tied
     "0.5B": (896, 4864, 24, 14, 2, True),
@@ -474,7 +474,7 @@ def growth(device: str) -> dict:
             found = measure("ours", method="dpo", model=make_model("small", now["vocabulary"]), device=device,
                             data=write("growth.jsonl", rows), batch=now["batch"], updates=updates,
                             whole=name == "sync_every",
-                            flags={"sync_every": now["sync_every"], "micro_tokens": 2048})
+                            flags=OURS["cpu"] | {"sync_every": now["sync_every"]})
             hidden, inner, layers, *_ = SHAPES["small"]
             weights = layers * (4 * hidden**2 + 3 * hidden * inner) + 2 * hidden * now["vocabulary"]
             beyond = found["memory"] - found["before"] - 16 * weights / 2**30

@@ -124,8 +124,7 @@ def spy(monkeypatch):
                 yield micro, logp, mask
 
         def perceive_and_tell(logratio, mask, *args, **kwargs):
-            mismatched = getattr(current[0], "desirable", True) is None  # for KTO's reference point
-            if logratio.requires_grad and not mismatched:
+            if logratio.requires_grad:  # trained, not KTO's reference point
                 examples = [example for row in current for example in row.examples]
                 seen.append((examples, logratio.detach().clone(), mask.clone()))
             return perceive(logratio, mask, *args, **kwargs)

@@ -16,7 +16,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 KEYS = ["loss", "reward", "margin", "accuracy", "kl", "unclipped", "abs_logratio", "grad_norm", "eval_loss",
-        "eval_accuracy", "eval_above_median", "eval_agreement", "eval_reward_greedy", "eval_reward_sampled"]
+        "eval_accuracy", "eval_margin", "eval_agreement", "eval_reward_greedy", "eval_reward_sampled"]
 # Okabe and Ito's colours, with other dashes and markers, too: for the colour-blind and for paper
 LOOKS = list(zip(["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9"],
                  ["-", "--", "-.", ":", "-", "--", "-."], "os^vDPX"))

@@ -45,6 +45,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
+import common  # noqa: E402
 import toy_world  # noqa: E402
 
 SEEDS = (0, 1, 2, 3, 4)
@@ -138,15 +139,19 @@ def train(run: Run) -> dict:
         with contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
             try:
                 script.main(script.parse_args(run.argv(out)))
-            except script.Stopped as error:  # responses all alike, at the best or the worst: nothing to learn
+            except common.BadInput as error:
                 stopped = str(error)
+                if "rewards are equal within groups" not in stopped:
+                    raise
+                # responses all alike, at the best or the worst: nothing to learn
                 last_checkpoint(run, out).save_pretrained(out / "final")
                 shutil.copytree(run.folder() / "policy", out / "final", dirs_exist_ok=True,
                                 ignore=shutil.ignore_patterns("*.safetensors"))
     metrics = [json.loads(line) for line in open(out / "metrics.jsonl")]
     curve = [[m["step"], m["eval_reward_greedy"], m["eval_reward_sampled"]]
              for m in metrics if "eval_reward_greedy" in m]
-    result = {"run": run, "curve": curve, "seconds": metrics[-1].get("seconds", 0), "stopped": stopped}
+    result = {"run": run, "curve": curve, "stopped": stopped,
+              "seconds": sum(m.get("seconds", 0) for m in metrics)}
     if run.world == "addition":
         return result | {"score": curve[-1][1]}
     rewards = toy_world.grade(out / "final", run.folder(), run.world)
@@ -155,10 +160,12 @@ def train(run: Run) -> dict:
 
 
 def last_checkpoint(run: Run, out: Path):
-    """The policy of the newest checkpoint, else the initial one."""
+    """The policy of the checkpoint, else the initial one."""
     model = toy_world.AutoModelForCausalLM.from_pretrained(run.folder() / "policy")
-    for path in sorted(out.glob("step-*.pt"))[-1:]:
-        model.load_state_dict(torch.load(path, weights_only=True)["model"])
+    if (out / "checkpoint.pt").exists():
+        script = importlib.import_module(f"humanline_{run.method}")
+        torch.serialization.add_safe_globals([script.Row, common.Example])
+        model.load_state_dict(torch.load(out / "checkpoint.pt", weights_only=True)["model"])
     return model
 
 
@@ -175,15 +182,14 @@ def win_rate(rewards: list[float], initial: list[float], samples: int = 4) -> fl
 def split_in_quartiles(folder: Path) -> None:
     """groups_quartile_1.jsonl (worst) … 4: groups by their responses' mean token log-prob under the
     initial policy, and the bounds of each in nats."""
-    from common import encode, response_logps
-
     tokenizer = toy_world.AutoTokenizer.from_pretrained(folder / "policy")
     model = toy_world.AutoModelForCausalLM.from_pretrained(folder / "policy").eval()
+    model.row_tokens = 0  # no row is shared
     groups = [json.loads(line) for line in open(folder / "groups_train.jsonl")]
     means = []
     for group in groups:
-        examples = [encode(tokenizer, group["prompt"], text, 48) for text in group["completions"]]
-        logp, mask = response_logps(model, examples)  # (B, T)
+        examples = [common.encode(tokenizer, group["prompt"], text, 48) for text in group["completions"]]
+        logp, mask = common.response_logps(model, examples)  # (B, T)
         means.append(((logp * mask).sum(-1) / mask.sum(-1)).mean().item())
     order = sorted(range(len(groups)), key=means.__getitem__)
     quarter, bounds = len(groups) // 4, []

@@ -14,9 +14,7 @@ import common
 from common import BadInput, Example, check_model, encode, encode_prompt, layout
 from common import micro_batches, prompt_in, response_logps
 
-# --------------------------------------------------------------------------------------------------
-# Tokenization
-# --------------------------------------------------------------------------------------------------
+# --- Tokenization ---------------------------------------------------------------------------------
 
 QUESTION, ANSWER = "What is two plus two?", "It is four,\nof course."
 USER = [{"role": "user", "content": QUESTION}]
@@ -64,17 +62,14 @@ def train_bpe():
 BPE = train_bpe()
 
 
-def make_tokenizer(template=None, adds_bos=False, eos="<eos>", backend=BPE):
+def make_tokenizer(template=None, adds_bos=False, backend=BPE):
     """A fresh tokenizer, with the special tokens that the template's source names."""
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<bos>", eos_token=eos, chat_template=template
-    )
+        tokenizer_object=backend, bos_token="<bos>", eos_token="<eos>", chat_template=template)  # fmt: skip
     tokenizer.add_tokens(sorted(set(SPECIAL.findall(template or ""))), special_tokens=True)
     if adds_bos:
-        bos = ("<bos>", tokenizer.bos_token_id)
         tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-            single="<bos> $A", special_tokens=[bos]
-        )
+            single="<bos> $A", special_tokens=[("<bos>", tokenizer.bos_token_id)])  # fmt: skip
     return tokenizer
 
 
@@ -155,50 +150,30 @@ CHATML = (
 
 
 def test_messages_with_system_and_earlier_turns():
-    prompt = [
-        {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": "One?"},
-        {"role": "assistant", "content": "Two."},
-        {"role": "user", "content": "Two?"},
-    ]
-    tokenizer = make_tokenizer(CHATML)
-    example = encode(tokenizer, prompt, "Four.", LONG)
-    assert texts(tokenizer, example) == (
-        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nOne?<|im_end|>\n"
-        "<|im_start|>assistant\nTwo.<|im_end|>\n<|im_start|>user\nTwo?<|im_end|>\n"
-        "<|im_start|>assistant\n",
-        "Four.<|im_end|>",
-    )
+    turns = [("system", "Be brief."), ("user", "One?"), ("assistant", "Two."), ("user", "Two?")]
+    prompt = [{"role": role, "content": text} for role, text in turns]
+    before, response = texts(make_tokenizer(CHATML), encode(make_tokenizer(CHATML), prompt, "Four.", LONG))
+    assert before == "".join(f"<|im_start|>{role}\n{text}<|im_end|>\n" for role, text in turns) + "<|im_start|>assistant\n"
+    assert response == "Four.<|im_end|>"
     assert prompt[-1] == {"role": "user", "content": "Two?"}  # the caller's list is not changed
 
 
-@pytest.mark.parametrize("template", [CHATML, None])
-def test_response_as_message_equals_string(template):
-    tokenizer = make_tokenizer(template)
-    message = [{"role": "assistant", "content": ANSWER}]
+def test_all_forms_of_prompt_and_response_are_the_same_tokens():
+    """A string is a user message, and a whole dialogue brings its prompt."""
+    message, tokenizer = [{"role": "assistant", "content": ANSWER}], make_tokenizer(CHATML)
+    expected = encode(tokenizer, USER, ANSWER, LONG)
+    for prompt, response in ((QUESTION, ANSWER), (QUESTION, message), (None, USER + message), ("?", USER + message)):
+        assert encode(tokenizer, prompt, response, LONG) == expected
+    tokenizer = make_tokenizer()
     assert encode(tokenizer, QUESTION, message, LONG) == encode(tokenizer, QUESTION, ANSWER, LONG)
 
 
-def test_a_response_that_is_a_whole_dialogue_brings_its_prompt():
-    tokenizer = make_tokenizer(CHATML)
-    dialogue = [*USER, {"role": "assistant", "content": ANSWER}]
-    expected = encode(tokenizer, USER, ANSWER, LONG)
-    assert encode(tokenizer, "Something else?", dialogue, LONG) == expected
-    assert encode(tokenizer, None, dialogue, LONG) == expected
-
-
-def test_string_prompt_is_a_user_message():
-    tokenizer = make_tokenizer(CHATML)
-    assert encode_prompt(tokenizer, QUESTION) == encode_prompt(tokenizer, USER)
-
-
 def test_system_message_stands_first():
-    tokenizer = make_tokenizer(CHATML)
-    messages = [{"role": "system", "content": "Be brief."}, *USER]
+    tokenizer, system = make_tokenizer(CHATML), [{"role": "system", "content": "Be brief."}]
     for prompt in (QUESTION, USER):
-        assert encode_prompt(tokenizer, prompt, system="Be brief.") == encode_prompt(tokenizer, messages)
-        expected = encode(tokenizer, messages, ANSWER, LONG)
+        expected = encode(tokenizer, system + USER, ANSWER, LONG)
         assert encode(tokenizer, prompt, ANSWER, LONG, system="Be brief.") == expected
+        assert encode_prompt(tokenizer, prompt, system="Be brief.") == encode_prompt(tokenizer, system + USER)
     assert len(USER) == 1  # the caller's list is not changed
 
 
@@ -271,36 +246,25 @@ def test_end_of_turn_follows_the_template():
     assert texts(tokenizer, encode(tokenizer, "Two?", "Four.", LONG))[1] == "Four.<|eot|>"
 
 
-def test_messages_without_template_are_refused():
-    with pytest.raises(BadInput, match="chat_template is not set"):
-        encode_prompt(make_tokenizer(), USER)
-    with pytest.raises(BadInput, match="chat_template is not set"):
-        encode(make_tokenizer(), USER, ANSWER, LONG)
-
-
-def test_template_that_raises_is_refused_with_its_reason():
-    template = "{{ raise_exception('roles must alternate') }}"
-    with pytest.raises(BadInput, match="does not take these messages: roles must alternate"):
+@pytest.mark.parametrize("template, words", [
+    (None, "chat_template is not set"),
+    ("{{ raise_exception('roles must alternate') }}", "does not take these messages: roles must alternate"),
+])  # fmt: skip
+def test_messages_that_no_template_takes_are_refused(template, words):
+    with pytest.raises(BadInput, match=words):
         encode_prompt(make_tokenizer(template), USER)
+    with pytest.raises(BadInput, match=words):
+        encode(make_tokenizer(template), USER, ANSWER, LONG)
 
 
-# --------------------------------------------------------------------------------------------------
-# Log-probabilities
-# --------------------------------------------------------------------------------------------------
+# --- Log-probabilities ----------------------------------------------------------------------------
 
 V, H = 97, 32  # vocabulary, hidden size
 SMALL = dict(
-    vocab_size=V,
-    hidden_size=H,
-    intermediate_size=40,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-    max_position_embeddings=64,
-    pad_token_id=0,
+    vocab_size=V, hidden_size=H, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=8, max_position_embeddings=64, pad_token_id=0,
     initializer_range=0.2,  # ten times the usual: logits that differ visibly
-)
+)  # fmt: skip
 GPT = dict(vocab_size=V, n_embd=H, n_layer=2, n_head=4, n_positions=64, initializer_range=0.2)
 # Values far from 1, so that forgetting one of them would be seen
 FAMILIES = {
@@ -487,6 +451,16 @@ def test_micro_batches_keep_units_and_shared_rows_together():
     assert micro_batches(model, units, 52) == [[0, 1, 3, 4], [2]]
     model.row_tokens = 0
     assert micro_batches(model, units, 30) == [[1], [0], [2], [3], [4]]
+
+
+def test_what_stands_between_two_that_could_share_a_row_is_counted():
+    """Examples 0 and 2 share a row only as long as 1 is not with them: three rows of 26 are 78."""
+    model = make_model()
+    model.row_tokens = 2 * H
+    (a, b), (c,) = make_groups((20, (6, 4))), make_groups((21, (1,)))
+    assert layout(model, [a, b]) == ([[0, 1]], [30])
+    assert micro_batches(model, [[a], [c], [b]], 77) == [[0, 2], [1]]
+    assert micro_batches(model, [[a], [c], [b]], 78) == [[0, 1, 2]]
 
 
 def test_shapes_and_mask():

@@ -1,16 +1,20 @@
 """The reproduction's own arithmetic, and the plots: no training here but one tiny run."""
 
 import json
+import shutil
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 import bench
 import common
 import humanline_dpo
+import humanline_kto
 import plot
 import reproduce
 import tables
-from conftest import SCRIPTS
+from conftest import ROOT, SCRIPTS, write_jsonl
 
 
 def test_every_run_is_a_command_that_its_script_takes(monkeypatch, tmp_path):
@@ -84,6 +88,34 @@ def test_the_tables_hold_values_intervals_and_paired_differences():
     assert table["rows"]["online plain"]["curve"]["updates"] == [0, 32]
 
 
+def test_a_run_whose_samples_are_all_alike_is_graded(policy, monkeypatch, tmp_path):
+    """A random policy writes no valid string: all rewards are −2 and it stops before any update."""
+    monkeypatch.setattr(reproduce, "ROOT", tmp_path)
+    (tmp_path / "tests").symlink_to(ROOT / "tests")
+    online = reproduce.Run("letters", "dpo", "online", "plain", 0, ())
+    online.folder().mkdir(parents=True)
+    shutil.copytree(policy, online.folder() / "policy")
+    for split in ("train", "test"):
+        write_jsonl(online.folder() / f"prompts_{split}.jsonl", [{"prompt": split}])
+    (online.folder() / "initial.json").write_text("[-2, -2, -2, -2]")
+    result = reproduce.train(online)
+    assert "equal within groups" in result["stopped"]
+    assert (result["score"], result["utility"], result["curve"]) == (0.5, -2, [[0, -2, -2]])
+    (online.folder() / "prompts_train.jsonl").write_text("")  # other errors are no result
+    with pytest.raises(common.BadInput, match="prompts_train"):
+        reproduce.train(online)
+
+
+def test_the_last_checkpoint_is_the_policy_as_it_was(run, policy, monkeypatch, tmp_path):
+    run(humanline_dpo, "--steps", 2, "--save_every", 1)
+    monkeypatch.setattr(reproduce, "folder_of", lambda world, seed: tmp_path)
+    shutil.copytree(policy, tmp_path / "policy")
+    trained = reproduce.last_checkpoint(reproduce.Run("letters", "dpo", "online", "plain", 0, ()), tmp_path / "run")
+    final = load_file(tmp_path / "run/final/model.safetensors")
+    assert all(torch.equal(trained.state_dict()[name], weight) for name, weight in final.items())
+    assert not torch.equal(final["model.norm.weight"], load_file(policy / "model.safetensors")["model.norm.weight"])
+
+
 # --- plots --------------------------------------------------------------------------------------------
 
 
@@ -121,6 +153,19 @@ def test_the_floor_by_hand():
     weights = body + 2 * 4 * 10
     assert bench.floor([row], Config, rate=1.0, bandwidth=1e30) == pytest.approx(4 * forward)
     assert bench.floor([row], Config, rate=1e30, bandwidth=2.0) == pytest.approx(14 * weights)
+
+
+def test_padding_by_hand():
+    """Two rows of 10 and 6 tokens in one forward; KTO's mismatched pair of 9 tokens in one of its own."""
+
+    class Model:
+        row_tokens, device = 0, torch.device("cpu")
+
+    labelled = [humanline_kto.Row([common.Example([1] * n, 3)], True) for n in (6, 10)]
+    assert bench.padded_share(Model, labelled, 100) == pytest.approx(4 / 20)
+    mismatched = humanline_kto.Row([common.Example([2] * 9, 3)])
+    assert bench.padded_share(Model, [*labelled, mismatched], 100) == pytest.approx(4 / 29)
+    assert bench.padded_share(Model, labelled, 10) == 0
 
 
 # --- the README ---------------------------------------------------------------------------------------

@@ -292,14 +292,6 @@ def test_write_samples_and_scores(policy):
     assert rewards == toy_world.letters_reward(prompts, texts)
 
 
-def test_write_scores_the_text_without_its_end_of_turn(policy, monkeypatch):
-    tokenizer, text = AutoTokenizer.from_pretrained(policy), "abcdefghijkl"
-    answer = Example(tokenizer(f"<|user|>abcd<|end|><|assistant|>{text}<|end|>")["input_ids"], 7)
-    monkeypatch.setattr(theory, "generate", lambda model, tokenizer, prompts, args: [answer] * len(prompts))
-    exact = toy_world.letters_reward(["abcd"], [text])
-    assert theory.write(None, tokenizer, ["abcd"], seed=0) == ([answer], exact) and exact[0] > -2
-
-
 def test_main_draws_both_figures_and_writes_the_numbers(monkeypatch, tmp_path, capsys):
     """With random outcomes in the place of trained policies'; the source made for a human is the nearest."""
     torch.manual_seed(0)

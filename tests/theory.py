@@ -37,8 +37,8 @@ from torch import Tensor  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 import toy_world  # noqa: E402
-from common import Example, encode_prompt, response_logps  # noqa: E402
-from humanline_grpo import Prompt, generate, parse_args, perceive  # noqa: E402
+from common import Example, encode_prompt, response_logps, sample_responses  # noqa: E402
+from humanline_grpo import parse_args, perceive  # noqa: E402
 from humanline_grpo import main as train  # noqa: E402
 
 GAMMA = 0.61
@@ -209,12 +209,10 @@ def distances(source: Tensor, online: Tensor, gamma: float) -> dict[str, float]:
 
 
 def write(model, tokenizer, prompts: list[str], seed: int) -> tuple[list[Example], list[float]]:
-    """One response a prompt at temperature 1, drawn by the script's own sampler, and the utility of each."""
-    args = parse_args("--model - --data - --temperature 1 --gen_batch 2048 --device cpu".split())
-    args.max_new_tokens = toy_world.MAX_NEW_TOKENS["letters"]
+    """One response a prompt at temperature 1, drawn by the scripts' own sampler, and the utility of each."""
+    ids, longest = [encode_prompt(tokenizer, p)[0] for p in prompts], toy_world.MAX_NEW_TOKENS["letters"]
     torch.manual_seed(seed)
-    examples = generate(model, tokenizer, [Prompt(encode_prompt(tokenizer, p), p, {}) for p in prompts], args)
-    texts = [tokenizer.decode(e.ids[e.prompt_len :], skip_special_tokens=True) for e in examples]
+    examples, texts = sample_responses(model, tokenizer, ids, longest, temperature=1.0, batch_size=2048)
     return examples, toy_world.letters_reward(prompts, texts)
 
 
@@ -227,7 +225,7 @@ def best_of(n: int, examples: list[Example], rewards: list[float]) -> tuple[list
 @torch.no_grad()
 def outcomes(policy, reference, examples: list[Example]) -> Tensor:
     """log π_θ − log π_ref of every response token of all examples, (N,) float64, nats."""
-    found = []
+    found, policy.row_tokens, reference.row_tokens = [], 0, 0  # no row is shared
     for i in range(0, len(examples), 256):
         logp, mask = response_logps(policy, examples[i : i + 256])  # (B, T)
         found.append((logp - response_logps(reference, examples[i : i + 256])[0])[mask])
@@ -242,11 +240,11 @@ def sources(folder: Path, seed: int) -> tuple[Tensor, dict[str, Tensor], dict[st
     """
     world = toy_world.build(folder / "world", "letters", seed, train=512)
     data = f"--data {world}/groups_train.jsonl --eval_size 0 --eval_every 0 --max_length 64"
-    flags = f"--model {world}/policy {data} --steps 200 --sync_every 16 --lr 3e-4 --seed {seed}"
-    train(parse_args(f"{flags} --save_every 100 --device cpu --output_dir {folder}/run".split()))
-    paths = {"initial": world / "policy", "half": world / "policy", "policy": folder / "run" / "final"}
+    flags = f"--model {world}/policy {data} --sync_every 16 --lr 3e-4 --seed {seed} --save_every 0 --device cpu"
+    for name, steps in (("half", 100), ("policy", 200)):  # the first 100 updates are the same
+        train(parse_args(f"{flags} --steps {steps} --output_dir {folder}/{name}".split()))
+    paths = {"initial": world / "policy", "half": folder / "half/final", "policy": folder / "policy/final"}
     models = {name: AutoModelForCausalLM.from_pretrained(path).eval() for name, path in paths.items()}
-    models["half"].load_state_dict(torch.load(folder / "run" / "step-000100.pt", weights_only=True)["model"])
     tokenizer = AutoTokenizer.from_pretrained(world / "policy")
     prompts = [json.loads(line)["prompt"] for line in open(world / "prompts_test.jsonl") for _ in range(8)]
     wrote = {
