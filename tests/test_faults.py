@@ -204,7 +204,7 @@ def test_overwrite_starts_anew(script, run, tmp_path):
 def test_from_the_shell(flags, tmp_path):
     """A bad input is one line and exit 1; Ctrl-C too, and its line holds the command that goes on."""
     path = ROOT / "humanline_dpo.py"  # this part is the same in all three
-    long = flags(humanline_dpo, "--steps", 150, "--save_every", 1, "--eval_every", 0)
+    long = flags(humanline_dpo, "--steps", 100, "--save_every", 1, "--eval_every", 0)
 
     def start(*argv):
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
@@ -221,8 +221,8 @@ def test_from_the_shell(flags, tmp_path):
     error = interrupted.communicate(timeout=60)[1].splitlines()
     assert interrupted.returncode == 1 and "Traceback" not in str(error)
     told, _, command = error[-1].partition(": ")
-    assert told.endswith("stopped; go on from the checkpoint") and len(metrics_of(tmp_path / "run")) < 151
+    assert told.endswith("stopped; go on from the checkpoint") and len(metrics_of(tmp_path / "run")) < 101
     on = start(*shlex.split(command)[1:])
     assert on.wait(60) == 0, on.communicate()
-    assert [line["step"] for line in metrics_of(tmp_path / "run")] == list(range(151))
+    assert [line["step"] for line in metrics_of(tmp_path / "run")] == list(range(101))
     assert json.loads((tmp_path / "run" / "final" / "config.json").read_text())["model_type"] == "llama"

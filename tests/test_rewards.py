@@ -112,7 +112,7 @@ def test_an_online_run_on_gsm8k(run, spy, policy, tmp_path, capsys):
     lines = run(grpo, "--data", path, "--reward", f"{ROOT / 'humanline_grpo.py'}:math_reward", "--max_length", 256,
                 "--max_new_tokens", 1, "--temperature", 1.0, "--steps", 4, "--sample_every", 2, "--group_size", 8,
                 "--batch_size", 64, "--micro_tokens", 10**6)  # fmt: skip
-    assert "rows.jsonl: 30 rows; 1 too long" in capsys.readouterr().out
+    assert "rows.jsonl: 30 rows; 1 dropped" in capsys.readouterr().out
     golds = {tuple(common.encode_prompt(tokenizer, row["question"])[0]): row["answer"].split()[-1] for row in rows}
     wins = []
     for line, (examples, _, _) in zip(lines[1:], seen):
