@@ -30,7 +30,7 @@ Departures: one reference for ratio and KL (TRL takes the KL to the initial mode
 the population (HALOs 1e-2, TRL the sample's); means are over an update, however it is cut; M_P, M_R
 per response; the reference lags one update on one GPU too; k is counted anew with new samples.
     python humanline_grpo.py --model Qwen/Qwen2.5-1.5B-Instruct
-    (update 1 has abs_logratio 0 and unclipped 1: its own reference. --plain is the baseline.)
+    (update 1 has abs_logratio 0, unclipped 1; --plain is the baseline)
 """
 
 import argparse
@@ -303,14 +303,14 @@ def math_reward(prompts, completions, answer, **columns) -> list[float]:
     """1.0 where math-verify finds a completion's final answer equal to the row's `answer`."""
     from math_verify import verify
     texts = [text if isinstance(text, str) else text[-1]["content"] for text in completions]
-    return [float(gold is not None and verify(final_answer(str(gold), True), final_answer(text)))
-            for gold, text in zip(answer, texts)]
+    return [float(verify(final_answer(g, True), final_answer(x))) for g, x in zip(answer, texts)]
 
 
 @functools.lru_cache(maxsize=4096)
-def final_answer(text: str, gold=False) -> list:
+def final_answer(text, gold=False) -> list:
     """As math-verify reads it: the last \\boxed{}, what follows the last ####, else the text."""
     from math_verify import parse
+    text = "" if text is None else str(text)
     if "\\boxed" in text:
         return parse(text[text.rindex("\\boxed") :])
     if "####" in text:
@@ -320,27 +320,27 @@ def final_answer(text: str, gold=False) -> list:
     return parse(f"\\boxed{{{text.strip()}}}")
 
 
-math_reward.usable = lambda row: bool(final_answer(str(row.get("answer") or ""), True))
+math_reward.usable = lambda row: bool(final_answer(row.get("answer"), True))
 
 
 def model_reward(prompts, completions, **columns) -> list[float]:
     """The score of a sequence classifier with one output, named in the variable REWARD_MODEL."""
-    judge, texts = load_judge(os.environ["REWARD_MODEL"]), []
+    (judge, batch_size), texts = load_judge(os.environ["REWARD_MODEL"]), []
     for prompt, answer in zip(prompts, completions):
         prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         answer = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
         texts.append(judge.tokenizer.apply_chat_template([*prompt, *answer], tokenize=False))
-    scores = judge(texts, batch_size=16, function_to_apply="none", add_special_tokens=False,
-                   return_token_type_ids=False)
+    scores = judge(texts, batch_size=batch_size, function_to_apply="none",
+                   add_special_tokens=False, return_token_type_ids=False)
     return [score["score"] for score in scores]
 
 
 @functools.lru_cache(maxsize=1)
-def load_judge(name: str):
-    judge = pipeline("text-classification", name, num_labels=1)  # on the GPU if there is one
-    judge.tokenizer.pad_token = judge.tokenizer.pad_token or judge.tokenizer.eos_token
-    judge.model.config.get_text_config().pad_token_id = judge.tokenizer.pad_token_id
-    return judge
+def load_judge(name: str) -> tuple:
+    judge = pipeline("text-classification", name, num_labels=1)
+    pad, end = judge.tokenizer.pad_token_id, judge.tokenizer.eos_token_id
+    judge.model.config.get_text_config().pad_token_id = None if pad == end else pad
+    return judge, 1 if pad in (None, end) else 16  # an EOS is scored
 
 
 # === 7. Evaluation ===
