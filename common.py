@@ -17,7 +17,7 @@ from transformers import GenerationConfig
 
 # Bytes of float32 logits that exist at once: on a CPU they should fit the cache, on a GPU fill it;
 # and tokens of padding that are cheaper than one more micro-batch. CUDA's numbers are guesses.
-CHUNK_BYTES = {"cpu": 2**24, "cuda": 2**28}
+CHUNK_BYTES = {"cpu": 2**25, "cuda": 2**28}
 MAX_PADDING = {"cpu": 64, "cuda": 512}
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
@@ -181,10 +181,9 @@ class TokenLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, target, cap):
-        kind, ctx.cap, logp, lse = hidden.device.type, cap, [], []
-        autocast = torch.is_autocast_enabled(kind)
-        ctx.dtype = torch.get_autocast_dtype(kind) if autocast else weight.dtype
-        ctx.rows = max(1, CHUNK_BYTES[kind] // (4 * len(weight)))
+        on, ctx.cap, logp, lse = hidden.device.type, cap, [], []
+        ctx.dtype = torch.get_autocast_dtype(on) if torch.is_autocast_enabled(on) else weight.dtype
+        ctx.rows = max(1, CHUNK_BYTES[on] // (4 * len(weight)))
         w = weight.to(ctx.dtype)
         for h, y in zip(hidden.split(ctx.rows), target.split(ctx.rows)):
             logits = head_logits(h.to(ctx.dtype), w, cap)  # (rows, V)
@@ -326,13 +325,14 @@ def check_model(model, tokenizer, max_length: int) -> None:
     if max_length > (getattr(config, "max_position_embeddings", None) or max_length):
         raise BadInput(f"--max_length: the context is {config.max_position_embeddings}; lower it")
     prompt, *responses = torch.randint(size, (3, max_length // 2)).tolist()
-    cut, target = len(prompt), responses[0][:32]
-    pair = [Example(prompt + response, cut) for response in responses]
+    target = responses[0][:32]
+    pair = [Example(prompt + response, len(prompt)) for response in responses]
     model.row_tokens = 0
     apart, _ = response_logps(model, pair)  # (2, T)
-    logits = model(torch.tensor([prompt + target], device=model.device)).logits[0, cut - 1 : -1]
+    ids = torch.tensor([prompt + target], device=model.device)
+    logits = model(ids, logits_to_keep=len(target) + 1).logits[0, :-1]  # (32, V)
     truth = logits.log_softmax(-1)[range(len(target)), target]
-    if (apart[0, : len(target)] - truth).abs().max() > 5e-3:
+    if not (apart[0, : len(target)] - truth).abs().max() < 5e-3:
         raise BadInput(f"common.py does not rebuild the logits of {model.config.model_type}")
     model.row_tokens, shared = 2 * max_length, apart + torch.inf  # room for both
     with contextlib.suppress(Exception):  # a family that has no use for a mask may raise anything

@@ -204,7 +204,7 @@ def test_overwrite_starts_anew(script, run, tmp_path):
 def test_from_the_shell(flags, tmp_path):
     """A bad input is one line and exit 1; Ctrl-C too, and its line holds the command that goes on."""
     path = ROOT / "humanline_dpo.py"  # this part is the same in all three
-    long = flags(humanline_dpo, "--steps", 100, "--save_every", 1, "--eval_every", 0)
+    long = flags(humanline_dpo, "--steps", 100, "--save_every", 1, "--system_prompt", "be9")
 
     def start(*argv):
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}

@@ -140,7 +140,8 @@ def test_a_tiny_classifier_is_a_reward(policy, tmp_path, monkeypatch, pad):
     prompts, completions = ["abc", "d"] * 9, ["efgh", "ij"] * 9
     rewards = grpo.model_reward(prompts, completions)
     for prompt, completion, reward in zip(prompts, completions, rewards):
-        ids = tokenizer(f"<|user|>{prompt}<|end|><|assistant|>{completion}<|end|>", add_special_tokens=False)["input_ids"]
+        text = f"<|user|>{prompt}<|end|><|assistant|>{completion}<|end|>"
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         hidden = model.model(torch.tensor([ids])).last_hidden_state[0, -1]
         assert reward == pytest.approx(model.score(hidden).item(), abs=1e-5)
     messages = [[[{"role": role, "content": text}] for text in texts]

@@ -363,7 +363,8 @@ def test_equal_rewards_end_with_an_error(script, online):
 def test_rows_whose_answer_the_reward_cannot_read_are_dropped_and_counted(online, tmp_path, capsys):
     online(grpo, "--steps", 3, reward="readable")
     assert "prompts.jsonl: 23 rows; 1 dropped: too long or nothing to learn" in capsys.readouterr().out
-    assert "5" not in {answer for _, _, columns, _ in lines_of(tmp_path / "calls.jsonl") for answer in columns["answer"]}
+    calls = lines_of(tmp_path / "calls.jsonl")
+    assert "5" not in {answer for *_, columns, _ in calls for answer in columns["answer"]}
 
 
 def test_sampling_needs_a_reward_and_room(run, online, tmp_path):
