@@ -175,9 +175,8 @@ def sample_responses(model, tokenizer, prompts: list[list[int]], max_new_tokens:
 
 
 class TokenLogps(torch.autograd.Function):
-    """log softmax(head(hidden))[target] in chunks of rows; backward makes a chunk's logits again
-    and, with the kept log-sum-exp, their softmax. Matrix products run in the compute dtype (bf16
-    under autocast), the log-softmax and its gradient in float32."""
+    """log softmax(head(hidden))[target] in chunks of rows, whose logits the backward makes again.
+    Matrix products run in the compute dtype (bf16 under autocast), all else in float32."""
 
     @staticmethod
     def forward(ctx, hidden, weight, target, cap):
@@ -210,16 +209,17 @@ class TokenLogps(torch.autograd.Function):
             d = (d.mul_(slope) if ctx.cap else d).to(ctx.dtype)
             grad_hidden[part] = (d @ w) * g
             h = (h * g).to(ctx.dtype)
-            grad_weight += d.T @ h
+            if ctx.dtype == grad_weight.dtype:
+                grad_weight.addmm_(d.T, h)  # without a (V, H) in between
+            else:
+                grad_weight += d.T @ h
         return grad_hidden, grad_weight, None, None
 
 
 def head_logits(hidden, weight, cap):
-    """(N, H) -> (N, V) float32, with Gemma's soft cap."""
-    if hidden.is_cuda and hidden.dtype != torch.float32:  # not rounded to bf16 on the way
-        logits = torch.mm(hidden, weight.T, out_dtype=torch.float32)
-    else:
-        logits = torch.mm(hidden, weight.T).float()
+    """(N, H) -> (N, V) float32, on CUDA never rounded to bf16, with Gemma's soft cap."""
+    options = {"out_dtype": torch.float32} if hidden.is_cuda and hidden.dtype.itemsize < 4 else {}
+    logits = torch.mm(hidden, weight.T, **options).float()
     return logits.div_(cap).tanh_().mul_(cap) if cap else logits
 
 
