@@ -33,14 +33,14 @@ run() {  # print a command, then run it
 case "${1:-demo}" in
   demo)
     install requirements.txt tests/requirements.txt
-    run .venv/bin/python tests/reproduce.py --quick ;;
+    run .venv/bin/python tests/experiments/reproduce.py --quick ;;
   test)
     install requirements.txt tests/requirements.txt
     shift
     run .venv/bin/python -m pytest -q tests "$@" ;;
   bench | reproduce)
     install requirements.txt tests/requirements.txt
-    run .venv/bin/python "tests/$1.py" "${@:2}" ;;
+    run .venv/bin/python "tests/experiments/$1.py" "${@:2}" ;;
   dpo)  # batch and k as in the paper
     install requirements.txt
     shift

@@ -174,5 +174,5 @@ def test_padding_by_hand():
 def test_the_readme_has_the_numbers_of_the_results():
     text = tables.README.read_text()
     assert all(f"<!-- {name} -->" in text for name in tables.TABLES)
-    assert tables.fill(text) == text  # else: python tests/tables.py
+    assert tables.fill(text) == text  # else: python tests/experiments/tables.py
     assert tables.number(-0.004, sign=True) == "0.00" and tables.number(0.125, sign=True) == "+0.12"

@@ -299,7 +299,7 @@ def test_main_draws_both_figures_and_writes_the_numbers(monkeypatch, tmp_path, c
     found = {name: torch.randn(2000, dtype=torch.float64) + 2 for name in theory.STYLES}
     found["offline-better"] = perceived_by_a_human(online, theory.GAMMA)
     disagreements = theory.disagreements
-    monkeypatch.setattr(theory, "TESTS", tmp_path)
+    monkeypatch.setattr(theory, "HERE", tmp_path)
     monkeypatch.setattr(theory, "sources", lambda folder, seed: (online, found, {"online": 0.123456}))
     monkeypatch.setattr(theory, "disagreements", lambda betas, n, seed: disagreements(betas, 256, seed))
     theory.main(seed=3)

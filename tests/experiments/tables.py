@@ -1,4 +1,4 @@
-"""The README's tables, written from tests/results: `python tests/tables.py` puts them between its markers.
+"""The README's tables, written from tests/experiments/results: `python tests/experiments/tables.py` puts them between its markers.
 
 A test compares, so that no number in them can differ from the files that the commands leave.
 """
@@ -6,8 +6,8 @@ A test compares, so that no number in them can differ from the files that the co
 import json
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-README, RESULTS = ROOT / "README.md", ROOT / "tests/results"
+ROOT = Path(__file__).resolve().parents[2]
+README, RESULTS = ROOT / "README.md", ROOT / "tests/experiments/results"
 
 
 def load(name: str) -> dict:

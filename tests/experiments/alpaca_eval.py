@@ -1,6 +1,6 @@
 """Write AlpacaEval's JSON from a trained folder: [{"instruction", "output", "generator"}, ...].
 
-    python tests/alpaca_eval.py runs/dpo/final instructions.jsonl outputs.json
+    python tests/experiments/alpaca_eval.py runs/dpo/final instructions.jsonl outputs.json
 
 instructions.jsonl has a column `instruction` (as AlpacaEval's own data set has) or `prompt`. Responses are
 greedy; judge them with `alpaca_eval --model_outputs outputs.json`, which needs a key of the judge's.
@@ -11,7 +11,7 @@ import json
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402

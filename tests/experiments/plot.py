@@ -1,6 +1,6 @@
 """Curves of any runs: one panel for each metric, one line for each run.
 
-    .venv/bin/python tests/plot.py runs/dpo runs/plain [--keys loss unclipped eval_accuracy] [--out runs/plot.png]
+    .venv/bin/python tests/experiments/plot.py runs/dpo runs/plain [--keys loss unclipped eval_accuracy] [--out runs/plot.png]
 
 A run is an --output_dir of a script. Without --keys: those of KEYS that the runs have.
 """

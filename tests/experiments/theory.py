@@ -1,12 +1,12 @@
 """The prospect theory behind humanline, as numbers and two figures.
 
-    python tests/theory.py
+    python tests/experiments/theory.py
 
 writes, in about a minute on one CPU core,
 
-    tests/figures/theorem_4_3.png   sampling becomes clipping as the Betas concentrate on their means
-    tests/figures/perceived.png     how likely outcomes look in online and offline samples, and to a human
-    tests/results/theory.json       the numbers of both
+    tests/experiments/figures/theorem_4_3.png   sampling becomes clipping as the Betas concentrate on their means
+    tests/experiments/figures/perceived.png     how likely outcomes look in online and offline samples, and to a human
+    tests/experiments/results/theory.json       the numbers of both
 
 Sources: the humanline paper (arXiv 2509.24207: section 3, proposition 3.4, theorem 4.3, figure 2) and Tversky
 and Kahneman 1992, "Advances in prospect theory" (their median subject: α = 0.88, λ = 2.25, γ = 0.61).
@@ -25,8 +25,8 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"  # the models are tiny: a second thread only waits for the first
-TESTS = Path(__file__).resolve().parent
-sys.path[:0] = [str(TESTS.parent)]
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parents[1])]
 
 import matplotlib  # noqa: E402
 
@@ -278,7 +278,7 @@ def draw_perceived(online: Tensor, found: dict[str, Tensor], path: Path) -> dict
 
 
 def main(seed: int) -> None:
-    figures, results = TESTS / "figures", TESTS / "results"
+    figures, results = HERE / "figures", HERE / "results"
     figures.mkdir(exist_ok=True)
     results.mkdir(exist_ok=True)
     report = {"seed": seed, "torch": torch.__version__}

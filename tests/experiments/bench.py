@@ -1,7 +1,7 @@
 """Tokens per second, memory and share of the hardware's floor, against TRL and the usual way.
 
     ./run.sh bench                       all of it, on 2 CPU cores about 15 minutes; on CUDA with --device cuda
-    .venv/bin/python tests/bench.py --only dpo
+    .venv/bin/python tests/experiments/bench.py --only dpo
 
 Each measurement is a process of its own and the sides take turns; medians are printed. On a CPU: a Llama
 with hidden 256, 6 layers and a vocabulary of 32,000, batches of 32 sequences of GSM8K (../shared/data, or
@@ -33,9 +33,9 @@ import time
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-ROOT = Path(__file__).resolve().parent.parent
-WORK, RESULTS, FIGURES = ROOT / "runs/bench", ROOT / "tests/results", ROOT / "tests/figures"
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+ROOT = Path(__file__).resolve().parents[2]
+WORK, RESULTS, FIGURES = ROOT / "runs/bench", ROOT / "tests/experiments/results", ROOT / "tests/experiments/figures"
+sys.path[:0] = [str(ROOT), str(ROOT / "tests/experiments")]
 
 import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402

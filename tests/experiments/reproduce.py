@@ -1,6 +1,6 @@
 """Which of the paper's findings hold on a laptop: ./run.sh reproduce [--grid | --quick]
 
-Runs the three scripts' own main, with flags only, on the toy worlds of tests/toy_world.py:
+Runs the three scripts' own main, with flags only, on the toy worlds of tests/experiments/toy_world.py:
 
     letters    unverifiable: a hidden utility; scored as AlpacaEval scores, by the win rate of held-out
                responses against those of the initial policy (½ for a tie; 4 × 4 samples of 256 prompts)
@@ -8,8 +8,8 @@ Runs the three scripts' own main, with flags only, on the toy worlds of tests/to
 
 A seed changes everything: initial policy, data, order, sampling. Every cell has its own learning rate,
 β (DPO, KTO), k and gradient-norm bound, chosen by --grid on seeds that are not reported; the choice is
-in tests/results/grid.json. Finished runs are lines of runs/reproduce/runs.jsonl: a broken reproduction
-goes on where it stopped. Tables go to tests/results/*.json and figures to tests/figures (--quick: to
+in tests/experiments/results/grid.json. Finished runs are lines of runs/reproduce/runs.jsonl: a broken reproduction
+goes on where it stopped. Tables go to tests/experiments/results/*.json and figures to tests/experiments/figures (--quick: to
 runs/quick, with one seed). A run that stops since all samples of a prompt are alike (it has converged, to
 the best or the worst) is graded at its last checkpoint, of every 30 updates. Intervals are 95% percentile
 bootstraps over seeds, differences are paired.
@@ -34,9 +34,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS, FIGURES = ROOT / "tests/results", ROOT / "tests/figures"
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS, FIGURES = ROOT / "tests/experiments/results", ROOT / "tests/experiments/figures"
+sys.path[:0] = [str(ROOT), str(ROOT / "tests/experiments")]
 
 import matplotlib  # noqa: E402
 
@@ -99,7 +99,7 @@ class Run(NamedTuple):
         data = self.data or ("prompts_train.jsonl" if n else f"{kind}_train.jsonl")
         argv = ["--model", folder / "policy", "--data", folder / data, "--output_dir", output_dir]
         argv += ["--eval_data", folder / (f"{'prompts' if n else kind}_test.jsonl")]
-        argv += ["--reward", f"{ROOT}/tests/toy_world.py:{self.world}_reward", "--sample_every", n]
+        argv += ["--reward", f"{ROOT}/tests/experiments/toy_world.py:{self.world}_reward", "--sample_every", n]
         argv += f"{EVERY} {WORLDS[self.world]} {flags} {VARIANTS[self.variant]}".split()
         argv += ["--seed", self.seed] + [x for name, value in self.flags for x in (f"--{name}", value)]
         return [str(x).format(size=GRPO_BATCH[self.world]) for x in argv]
@@ -293,7 +293,7 @@ def grid(jobs: int) -> None:
 def choice(*cell) -> dict:
     path = RESULTS / "grid.json"
     if not path.exists():
-        sys.exit("error: no tests/results/grid.json; make it with ./run.sh reproduce --grid")
+        sys.exit("error: no tests/experiments/results/grid.json; make it with ./run.sh reproduce --grid")
     cells = json.loads(path.read_text())["cells"]
     return next(dict(entry["chosen"]) for entry in cells if entry["cell"] == list(cell))
 
@@ -543,7 +543,7 @@ def main() -> None:
         show(name, tables[name])
         save(results_to, name, tables[name])
     if "theory" in names:
-        subprocess.run([sys.executable, ROOT / "tests/theory.py"], check=True, stdout=subprocess.DEVNULL)
+        subprocess.run([sys.executable, ROOT / "tests/experiments/theory.py"], check=True, stdout=subprocess.DEVNULL)
     if "time" in names:
         torch.set_num_threads(1)
         table = measure_time(seeds)

@@ -4,7 +4,7 @@ SFT on a task that a script can grade, and data sampled from that policy. Under 
     addition   "37+45" -> "82", two-digit numbers; reward 1 where the answer is right (verifiable)
     letters    four letters -> a string of 8 to 16 letters; reward a hidden utility (graded)
 
-    python tests/toy_world.py letters FOLDER
+    python tests/experiments/toy_world.py letters FOLDER
 
 leaves FOLDER/policy (the initial policy, a Hugging Face folder) and, for train and test (prompts that
 train does not have): prompts_*.jsonl {prompt, answer}, groups_*.jsonl {prompt, answer, completions, rewards},
