@@ -245,7 +245,7 @@ def micro_batches(model, units: list[list[Example]], micro_tokens: int) -> list[
     def lengths_of(members):
         return layout(model, [example for i in sorted(members) for example in units[i]])[1]
 
-    blocks, micros = [], [[]]  # blocks: the units of one row, or one unit
+    blocks, micros, rows = [], [[]], []  # a block: the units of one row, or one unit
     for i in range(len(units)):
         lengths = lengths_of([*blocks[-1], i]) if blocks else []
         if len(lengths) == 1 and lengths[0] <= micro_tokens:
@@ -253,20 +253,20 @@ def micro_batches(model, units: list[list[Example]], micro_tokens: int) -> list[
         else:
             blocks.append([i])
     for block in sorted(blocks, key=lambda block: -max(lengths_of(block))):
-        lengths = lengths_of(micros[-1] + block)
-        padded = len(lengths) * max(lengths)
-        full = padded > micro_tokens or padded - sum(lengths) > MAX_PADDING[model.device.type]
+        rows += lengths_of(block)  # the lengths of the micro-batch's rows
+        padded = len(rows) * max(rows)
+        full = padded > micro_tokens or padded - sum(rows) > MAX_PADDING[model.device.type]
         if full and micros[-1]:
             micros.append([])
+            rows = lengths_of(block)
         micros[-1] += block
     return [sorted(micro) for micro in micros if micro]  # neighbours again
 
 
 def response_logps(model, examples: list[Example], temperature=1.0) -> tuple[Tensor, Tensor]:
-    """Log-probability of every response token, in nats.
-
-    Returns logp (B, T) float32, 0 on padding, and mask (B, T) bool, true on response tokens (from
-    lengths), both on the model's device; t = 0 is the first response token.
+    """Log-probability of every response token, in nats: logp (B, T) float32, 0 on padding, and mask
+    (B, T) bool, true on response tokens (from lengths), both on the model's device; t = 0 is the
+    first response token.
     Rows are padded on the right. A causal model never looks there, so no attention mask is needed
     but where responses share a row: there they see the prompt and themselves, not one another.
     """
