@@ -371,7 +371,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--steps", type=size, help="updates; None: by --epochs")
     add("--epochs", type=size, default=1, help="passes over the data (*)")
     add("--batch_size", type=number(1, kind=int), default=64, help="responses")
-    add("--micro_tokens", type=size, default=16384, help="of a forward (*)")
+    add("--micro_tokens", type=size, default=4096, help="of a forward (*)")
     add("--lr", type=number(0, 1), default=1e-6, help="of AdamW, after the warm-up (*)")
     add("--lr_decay", action="store_true", help="linear, 0 at the last update")
     add("--warmup", type=count, default=10, help="updates (*)")

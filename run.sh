@@ -2,6 +2,7 @@
 # ./run.sh                 set everything up, then the demo: plain against humanline on two toy worlds
 # ./run.sh test [flags]    set everything up, then the tests (flags go to pytest)
 # ./run.sh bench           speed and memory against TRL and the hardware's floor, 15 minutes
+# ./run.sh memory          GPU memory of updates and sampling for four models, computed on a CPU in minutes
 # ./run.sh reproduce       the paper's findings on the toy worlds, 5 seeds, an hour or two; --quick: minutes
 # ./run.sh dpo [flags]     the recipe for one 80 GB GPU: Qwen2.5-1.5B-Instruct on UltraFeedback-ArmoRM
 # ./run.sh kto [flags]     the same for KTO, the pairs taken apart
@@ -38,7 +39,7 @@ case "${1:-demo}" in
     install requirements.txt tests/requirements.txt
     shift
     run .venv/bin/python -m pytest -q tests "$@" ;;
-  bench | reproduce)
+  bench | memory | reproduce)
     install requirements.txt tests/requirements.txt
     run .venv/bin/python "tests/experiments/$1.py" "${@:2}" ;;
   dpo)  # batch and k as in the paper
@@ -46,13 +47,13 @@ case "${1:-demo}" in
     shift
     run .venv/bin/python humanline_dpo.py --model Qwen/Qwen2.5-1.5B-Instruct \
       --data princeton-nlp/llama3-ultrafeedback-armorm --max_rows 10000 --batch_size 32 --sync_every 1 \
-      --output_dir runs/dpo-qwen2.5-1.5b "$@" ;;
+      --micro_tokens 8192 --output_dir runs/dpo-qwen2.5-1.5b "$@" ;;
   kto)  # 20k responses, batch and weight as in the paper
     install requirements.txt
     shift
     run .venv/bin/python humanline_kto.py --model Qwen/Qwen2.5-1.5B-Instruct \
       --data princeton-nlp/llama3-ultrafeedback-armorm --max_rows 10000 --batch_size 64 --sync_every 1 \
-      --desirable_weight 1.1 --output_dir runs/kto-qwen2.5-1.5b "$@" ;;
+      --desirable_weight 1.1 --micro_tokens 8192 --output_dir runs/kto-qwen2.5-1.5b "$@" ;;
   grpo)  # bounds, k, 8 samples, temperature and KL weight as in the paper's MATH recipe
     install requirements.txt
     .venv/bin/python -c 'import math_verify' 2>/dev/null ||  # what math_reward compares answers with
@@ -62,8 +63,9 @@ case "${1:-demo}" in
       --data simplescaling/openaimath --reward humanline_grpo.py:math_reward \
       --system_prompt 'Please reason step by step, and put your final answer within \boxed{}.' \
       --sample_every 64 --sync_every 12 --group_size 8 --temperature 0.7 --beta 1e-4 --lr 1e-6 \
-      --max_length 3072 --max_new_tokens 2048 --output_dir runs/grpo-qwen2.5-1.5b "$@" ;;
+      --max_length 3072 --max_new_tokens 2048 --micro_tokens 8192 \
+      --output_dir runs/grpo-qwen2.5-1.5b "$@" ;;
   *)
-    sed -n '2,8s/^# //p' "$0" >&2
+    sed -n '2,9s/^# //p' "$0" >&2
     exit 2 ;;
 esac

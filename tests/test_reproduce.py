@@ -14,30 +14,40 @@ import humanline_kto
 import plot
 import reproduce
 import tables
-from conftest import ROOT, SCRIPTS, write_jsonl
+from conftest import SCRIPTS, write_jsonl
 
 
-def test_every_run_is_a_command_that_its_script_takes(monkeypatch, tmp_path):
-    """Only flags, and those of the cell: n and k, perception, the chosen learning rate."""
-    flags = (("lr", "1e-4"), ("beta", "0.1"), ("sync_every", "4"), ("max_grad_norm", "1.0"))
-    for cell in reproduce.CELLS:
-        run = reproduce.Run(*cell, 3, flags if cell[3] == "humanline" else flags[:2])
+def test_every_run_is_a_command_that_its_script_takes(tmp_path):
+    """Only flags, and those of the cell: n and k, perception, decay, the chosen learning rate."""
+    for cell in [*reproduce.CELLS, *reproduce.SWEPT]:
+        run = reproduce.Run(*cell[:4], 3, tuple(reproduce.start_of(cell).items()))
         args = SCRIPTS[run.method].parse_args(run.argv(tmp_path))
+        k = {"offline": 16, "every 64": 16, "online": 1}[run.source]
         assert args.sample_every == {"offline": 0, "online": 1, "every 64": 64}[run.source]
-        assert (args.humanline, args.sync_every) == (("clip", 4) if run.variant == "humanline" else ("off", 0))
-        assert (args.lr, args.seed, args.steps) == (1e-4, 3, 120 if run.world == "letters" else 256)
+        assert (args.humanline, args.sync_every) == (("clip", k) if run.variant == "humanline" else ("off", 0))
+        assert (args.seed, args.steps) == (3, 120 if run.world == "letters" else 192)
+        assert args.lr_decay and args.beta == float(cell[4])
         assert f"/{run.world}-3/" in args.data and f"{run.world}_reward" in args.reward
-    synced = reproduce.Run("letters", "grpo", "offline", "synced only", 0, flags)
-    args = SCRIPTS["grpo"].parse_args(synced.argv(tmp_path))
-    assert (args.humanline, args.sync_every) == ("off", 4)
-    clipped = reproduce.Run("letters", "grpo", "offline", "clipped only", 0, flags[:2])
+    flags = tuple(reproduce.start_of(("letters", "grpo", "offline", "humanline", "0")).items())
+    args = SCRIPTS["grpo"].parse_args(reproduce.Run("letters", "grpo", "offline", "synced only", 0, flags).argv(tmp_path))
+    assert (args.humanline, args.sync_every) == ("off", 16)
+    clipped = reproduce.Run("letters", "grpo", "offline", "clipped only", 0, flags[:3])
     args = SCRIPTS["grpo"].parse_args(clipped.argv(tmp_path))
     assert (args.humanline, args.sync_every) == ("clip", 0)
 
 
 def test_no_seed_of_the_grid_is_reported():
-    assert not set(reproduce.SEEDS) & {s for seeds in reproduce.GRID_SEEDS.values() for s in seeds}
-    assert len(reproduce.SEEDS) == 5
+    assert not set(reproduce.SEEDS) & set(reproduce.GRID_SEEDS)
+    assert len(reproduce.SEEDS) == 5 and len(reproduce.GRID_SEEDS) >= 3
+
+
+def test_offline_runs_make_one_pass():
+    """Rows that are read cover the updates once, and not twice."""
+    for method, size in (("dpo", 16), ("kto", 32), ("grpo", 8)):  # pairs, responses, groups
+        assert 120 * size <= int(reproduce.ROWS[method]) < 2 * 120 * size
+        assert f"--batch_size {size * 8 if method == 'grpo' else size}" in reproduce.METHODS[method][1]["letters"]
+    assert 192 * 128 // 8 <= reproduce.PROMPTS["addition"]["train"]
+    assert 96 * 8 <= reproduce.PROMPTS["letters"]["train"] // 4  # a quartile, 96 updates
 
 
 def test_win_rate_by_hand():
@@ -47,22 +57,48 @@ def test_win_rate_by_hand():
     assert reproduce.win_rate(same, same, samples=1) == 0.5
 
 
-def test_intervals():
+def test_intervals_and_verdicts():
     assert reproduce.interval([0.3] * 5) == [0.3, 0.3, 0.3]
-    mean, low, high = reproduce.interval([0.0, 1.0, 2.0, 3.0, 4.0])
-    assert mean == 2 and 0.6 <= low <= 1.0 and 3.0 <= high <= 3.4  # ± 1.96 · √(2 / 5) is 1.24
+    # mean 2, standard error √2.5 / √5 = 0.7071; t = 2.776
+    assert reproduce.interval([0.0, 1.0, 2.0, 3.0, 4.0]) == [2, pytest.approx(0.037, abs=1e-3), pytest.approx(3.963, abs=1e-3)]
     assert reproduce.interval([0.7]) == [0.7, 0.7, 0.7]
+    assert [reproduce.verdict(x) for x in ([1, 0.1, 2], [-1, -2, -0.1], [1, -0.1, 2])] == ["above 0", "below 0", "holds 0"]
 
 
-def test_candidates_vary_one_stage_and_no_k_where_there_is_none():
-    humanline, plain = ("letters", "dpo", "offline", "humanline"), ("letters", "dpo", "offline", "plain")
-    online = ("letters", "grpo", "online", "humanline")
+def test_neighbours_vary_one_flag_and_no_k_where_there_is_none():
+    humanline, plain = ("letters", "dpo", "offline", "humanline", "3"), ("letters", "dpo", "offline", "plain", "3")
+    online = ("letters", "grpo", "online", "humanline", "0")
     start = reproduce.start_of(humanline)
-    assert len(reproduce.candidates(humanline, start, ("lr", "beta"))) == 6
-    assert [c["sync_every"] for c in reproduce.candidates(humanline, start, ("sync_every",))] == ["1", "4", "16"]
-    assert reproduce.candidates(plain, reproduce.start_of(plain), ("sync_every",)) == [reproduce.start_of(plain)]
-    assert reproduce.candidates(online, reproduce.start_of(online), ("sync_every",)) == [reproduce.start_of(online)]
-    assert "sync_every" not in reproduce.start_of(plain) and "beta" not in reproduce.start_of(online)
+    assert [c["sync_every"] for c in reproduce.neighbours(humanline, start, "sync_every")] == ["8", "16", "32"]
+    assert [c["lr"] for c in reproduce.neighbours(humanline, start | {"lr": "3e-5"}, "lr")] == ["3e-5", "1e-4"]
+    for cell in (plain, online):
+        assert reproduce.neighbours(cell, reproduce.start_of(cell), "sync_every") == [reproduce.start_of(cell)]
+    assert "sync_every" not in reproduce.start_of(plain) and reproduce.start_of(online)["sync_every"] == "1"
+    assert reproduce.ends({"lr": "3e-5", "sync_every": "1", "max_grad_norm": "1"}) == ["lr"]
+
+
+def test_the_grid_climbs_to_a_peak_inside_and_prefers_the_steady(monkeypatch):
+    """The score peaks at lr 4e-3 and k = 4; lr 8e-3 is as good on average, but not on each seed."""
+    calls = []
+
+    def do(runs, jobs):
+        calls.extend(runs)
+        scores = {}
+        for run in runs:
+            flags = dict(run.flags)
+            ladder = reproduce.LADDERS["lr"]
+            score = -abs(ladder.index(flags["lr"]) - ladder.index("4e-3")) - abs(int(flags["sync_every"]) - 4)
+            if flags["lr"] == "8e-3":
+                score += 1 + 5 * (run.seed - 11)
+            scores[run.key] = {"score": score}
+        return scores
+
+    monkeypatch.setattr(reproduce, "do", do)
+    cell = ("letters", "dpo", "offline", "humanline", "3")
+    (entry,) = reproduce.climb({cell: reproduce.start_of(cell)}, reproduce.STAGES, 1)
+    assert (entry["chosen"]["lr"], entry["chosen"]["sync_every"]) == ("4e-3", "4")
+    assert entry["at the ladder's end"] == [] and {run.seed for run in calls} == set(reproduce.GRID_SEEDS)
+    assert any(x["lr"] == "8e-3" for x in entry["tried"])
 
 
 def test_a_broken_reproduction_goes_on_where_it_stopped(monkeypatch, tmp_path):
@@ -80,30 +116,32 @@ def test_the_tables_hold_values_intervals_and_paired_differences():
     runs = {label: [reproduce.Run("addition", "grpo", "every 64", label, s, (("lr", "1"),)) for s in (0, 1)]
             for label in ("every 64 plain", "every 64 humanline", "online plain")}
     scores = {"every 64 plain": (0.2, 0.4), "every 64 humanline": (0.3, 0.5), "online plain": (0.5, 0.3)}
-    results = {run.key: {"score": scores[label][run.seed], "seconds": 1.0, "curve": [[0, 0.1, 0.1], [32, 0.2, 0.1]]}
+    results = {run.key: {"score": scores[label][run.seed], "seconds": 1.0, "unclipped": 1.0,
+                          "stopped": None if run.seed else 7, "curve": [[0, 0.1], [32, 0.2]]}
                for label, some in runs.items() for run in some}
     table = reproduce.summarize("every_64", runs, results, "a command")
     assert table["rows"]["every 64 plain"]["score"][0] == 0.3 and table["seeds"] == [0, 1]
-    assert table["differences"]["every 64 humanline − every 64 plain"] == [0.1, 0.1, 0.1]  # paired: no spread
+    assert table["differences"]["every 64 humanline − every 64 plain"] == {
+        "difference": [0.1, 0.1, 0.1], "verdict": "above 0"}  # paired: no spread
+    assert table["rows"]["online plain"]["stopped"] == {0: 7}
     assert table["rows"]["online plain"]["curve"]["updates"] == [0, 32]
 
 
 def test_a_run_whose_samples_are_all_alike_is_graded(policy, monkeypatch, tmp_path):
     """A random policy writes no valid string: all rewards are −2 and it stops before any update."""
     monkeypatch.setattr(reproduce, "ROOT", tmp_path)
-    (tmp_path / "tests").symlink_to(ROOT / "tests")
     online = reproduce.Run("letters", "dpo", "online", "plain", 0, ())
     online.folder().mkdir(parents=True)
     shutil.copytree(policy, online.folder() / "policy")
     for split in ("train", "test"):
         write_jsonl(online.folder() / f"prompts_{split}.jsonl", [{"prompt": split}])
     (online.folder() / "initial.json").write_text("[-2, -2, -2, -2]")
-    result = reproduce.train(online)
-    assert "equal within groups" in result["stopped"]
-    assert (result["score"], result["utility"], result["curve"]) == (0.5, -2, [[0, -2, -2]])
+    result = reproduce.train(online, tmp_path / "out")
+    assert result["stopped"] == 0
+    assert (result["score"], result["utility"], result["curve"]) == (0.5, -2, [])
     (online.folder() / "prompts_train.jsonl").write_text("")  # other errors are no result
     with pytest.raises(common.BadInput, match="prompts_train"):
-        reproduce.train(online)
+        reproduce.train(online, tmp_path / "out")
 
 
 def test_the_last_checkpoint_is_the_policy_as_it_was(run, policy, monkeypatch, tmp_path):
@@ -168,11 +206,30 @@ def test_padding_by_hand():
     assert bench.padded_share(Model, labelled, 10) == 0
 
 
+def test_ours_is_compared_with_the_fastest_and_the_lightest_of_trl_by_hand():
+    def found(speed, memory):
+        return {"tokens_per_second": speed, "tokens_per_second_without_sync": 2 * speed, "memory": memory}
+
+    screened = {1: found(100, 1.0), 4: found(200, 3.0), 16: found(50, 9.0)}
+    table = bench.table_of([found(800, 2.0), found(900, 2.0), found(0, 2.0)], screened,
+                           {4: [found(160, 3.0)], 1: [found(90, 4.0), found(110, 4.0), found(95, 0.5)]})
+    assert (table["fastest"], table["lightest"]) == (4, 4)  # of the final runs, not of the single ones before
+    assert [x["tokens_per_second"] for x in table["trl"].values()] == [95, 160, 50]
+    assert (table["speed over trl"], table["speed over trl without sync"]) == (5, 2.5)
+    assert table["memory over trl"] == pytest.approx(2 / 3)
+
+
 # --- the README ---------------------------------------------------------------------------------------
 
 
-def test_the_readme_has_the_numbers_of_the_results():
+def test_the_pages_have_the_numbers_of_the_results():
     text = tables.README.read_text()
     assert all(f"<!-- {name} -->" in text for name in tables.TABLES)
     assert tables.fill(text) == text  # else: python tests/experiments/tables.py
-    assert tables.number(-0.004, sign=True) == "0.00" and tables.number(0.125, sign=True) == "+0.12"
+    assert tables.results() == (tables.RESULTS / "README.md").read_text()
+    assert len(text.splitlines()) <= 180
+
+
+def test_no_rounding_hides_a_sign():
+    assert [tables.number(x, sign=True) for x in (-0.004, 0.125, 0.0003, 0.0)] == ["−0.004", "+0.12", "+0.0003", "0.00"]
+    assert tables.number(0.5) == "0.50"

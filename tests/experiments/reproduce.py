@@ -1,24 +1,30 @@
 """Which of the paper's findings hold on a laptop: ./run.sh reproduce [--grid | --quick]
 
-Runs the three scripts' own main, with flags only, on the toy worlds of tests/experiments/toy_world.py:
+Runs the three scripts' own main, with flags only, on the toy worlds of toy_world.py:
 
     letters    unverifiable: a hidden utility; scored as AlpacaEval scores, by the win rate of held-out
                responses against those of the initial policy (½ for a tie; 4 × 4 samples of 256 prompts)
-    addition   verifiable: share of 512 held-out sums that are right, greedy
+    addition   verifiable: share of 512 held-out sums that are right, greedy, mean of the last four
+               evaluations of six (accuracy swings with the rollouts)
+
+β. What saturates the loss of DPO and KTO is β · Σ log-ratio. The paper has β = 0.1 and responses of
+about 300 tokens, β·T = 30; here a response has 13 tokens, so the main table takes β = 3, β·T = 39. The
+β sweep shows the others.
 
 A seed changes everything: initial policy, data, order, sampling. Every cell has its own learning rate,
-β (DPO, KTO), k and gradient-norm bound, chosen by --grid on seeds that are not reported; the choice is
-in tests/experiments/results/grid.json. Finished runs are lines of runs/reproduce/runs.jsonl: a broken reproduction
-goes on where it stopped. Tables go to tests/experiments/results/*.json and figures to tests/experiments/figures (--quick: to
-runs/quick, with one seed). A run that stops since all samples of a prompt are alike (it has converged, to
-the best or the worst) is graded at its last checkpoint, of every 30 updates. Intervals are 95% percentile
-bootstraps over seeds, differences are paired.
+k and gradient-norm bound, found by --grid on seeds that are not reported: it climbs from neighbour to
+neighbour on LADDERS, by the mean less the standard deviation over those seeds, until no neighbour is
+better. The learning rate falls linearly to 0 in all runs. Finished runs are lines of
+runs/reproduce/runs.jsonl: a broken reproduction goes on where it stopped. Tables go to results/*.json and
+figures to figures/ (--quick: to runs/quick, with one seed). A run that stops since all samples of a
+prompt are alike is graded at its last checkpoint, of every 30 updates. Intervals are 95% t-intervals over
+seeds, of paired differences where two cells are compared. No offline run makes more than one pass over its
+data, but for those called "4 epochs"; online runs draw prompts in turn and seldom come round.
 """
 
 import argparse
 import contextlib
 import importlib
-import itertools
 import json
 import multiprocessing
 import os
@@ -28,15 +34,18 @@ import shutil
 import statistics
 import subprocess
 import sys
+import time
 import traceback
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import NamedTuple
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-ROOT = Path(__file__).resolve().parents[2]
-RESULTS, FIGURES = ROOT / "tests/experiments/results", ROOT / "tests/experiments/figures"
-sys.path[:0] = [str(ROOT), str(ROOT / "tests/experiments")]
+os.environ |= {"HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+RESULTS, FIGURES = HERE / "results", HERE / "figures"
+sys.path[:0] = [str(ROOT), str(HERE)]
 
 import matplotlib  # noqa: E402
 
@@ -49,21 +58,22 @@ import common  # noqa: E402
 import toy_world  # noqa: E402
 
 SEEDS = (0, 1, 2, 3, 4)
-GRID_SEEDS = {"letters": (10, 11, 12), "addition": (10,)}  # a cell that collapses now and then is not chosen
-# At most one pass over the offline data in every run.
+GRID_SEEDS = (10, 11, 12)
+BETA, BETAS = "3", ("0.1", "0.3", "1", "3")
+PAPER = {"beta": 0.1, "tokens": 300}  # UltraFeedback: responses of hundreds of tokens
 PROMPTS = {"letters": dict(train=3200, test=256), "addition": dict(train=4096, test=512)}
 WORLDS = {
-    "letters": "--max_length 48 --max_new_tokens 20 --steps 120 --eval_every 30 --eval_size 256",
-    "addition": "--max_length 32 --max_new_tokens 6 --steps 256 --eval_every 32 --eval_size 512",
+    "letters": "--max_length 48 --max_new_tokens 20 --steps 120 --eval_size 0",
+    "addition": "--max_length 32 --max_new_tokens 6 --steps 192 --eval_every 32 --eval_size 512",
 }
-METHODS = {  # (kind of offline data, flags)
-    "dpo": ("pairs", "--batch_size 16"),
-    "kto": ("labels", "--batch_size 32"),
-    "grpo": ("groups", "--batch_size {size} --beta 0"),
+METHODS = {  # kind of offline data; batch: pairs, responses, responses in groups of 8
+    "dpo": ("pairs", {"letters": "--batch_size 16"}),
+    "kto": ("labels", {"letters": "--batch_size 32"}),
+    "grpo": ("groups", {"letters": "--batch_size 64", "addition": "--batch_size 128"}),
 }
-GRPO_BATCH = {"letters": 64, "addition": 128}  # responses, in groups of 8
-EVERY = "--temperature 1.0 --gen_batch 1024 --save_every 30 --device cpu --overwrite"
-SOURCES = {"offline": 0, "online": 1, "every 64": 64}  # n: updates between two samplings
+ROWS = {"dpo": "2000", "kto": "4000", "grpo": "1000"}  # letters, offline: a little more than one pass
+EVERY = "--temperature 1.0 --gen_batch 1024 --save_every 30 --device cpu --overwrite --lr_decay"
+SOURCES = {"offline": 0, "online": 1, "every 64": 64}  # n: updates between two rollouts
 VARIANTS = {  # what is added to the baseline
     "plain": "--plain",
     "humanline": "--humanline clip",
@@ -98,23 +108,30 @@ class Run(NamedTuple):
         folder, n = self.folder(), SOURCES[self.source]
         data = self.data or ("prompts_train.jsonl" if n else f"{kind}_train.jsonl")
         argv = ["--model", folder / "policy", "--data", folder / data, "--output_dir", output_dir]
-        argv += ["--eval_data", folder / (f"{'prompts' if n else kind}_test.jsonl")]
-        argv += ["--reward", f"{ROOT}/tests/experiments/toy_world.py:{self.world}_reward", "--sample_every", n]
-        argv += f"{EVERY} {WORLDS[self.world]} {flags} {VARIANTS[self.variant]}".split()
+        argv += ["--reward", f"{HERE}/toy_world.py:{self.world}_reward", "--sample_every", n]
+        argv += f"{EVERY} {WORLDS[self.world]} {flags[self.world]} {VARIANTS[self.variant]}".split()
+        if self.world == "addition":
+            argv += ["--eval_data", folder / f"{'prompts' if n else kind}_test.jsonl"]
+        elif not n:
+            argv += ["--max_rows", ROWS[self.method]]
         argv += ["--seed", self.seed] + [x for name, value in self.flags for x in (f"--{name}", value)]
-        return [str(x).format(size=GRPO_BATCH[self.world]) for x in argv]
+        return [str(x) for x in argv]
 
 
 # --- the work of one process ------------------------------------------------------------------------
 
 
 def work(task) -> dict | None:
-    """Build a world (world, seed) or do a Run; what it prints goes to a file of the run."""
+    """Build a world (world, seed) or do a Run; what they print goes to a file."""
     torch.set_num_threads(1)
-    if not isinstance(task, Run):
-        return build_world(*task)
+    log = ROOT / "runs/reproduce/now" / f"{os.getpid()}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    started = time.perf_counter()
     try:
-        return train(task)
+        with open(log, "w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+            if not isinstance(task, Run):
+                return build_world(*task)
+            return train(task, log.with_suffix("")) | {"wall": round(time.perf_counter() - started, 1)}
     except BaseException as error:
         raise RuntimeError(f"{task}: {error!r}\n{traceback.format_exc()[-1500:]}") from None
 
@@ -124,36 +141,33 @@ def build_world(world: str, seed: int) -> None:
     toy_world.build(folder, world, seed, **PROMPTS[world])
     if not (folder / "initial.json").exists():
         if world == "letters":
+            write_random(folder, seed)
             split_in_quartiles(folder)
         graded = toy_world.grade(folder / "policy", folder, world)
         (folder / "initial.json").write_text(json.dumps(graded))
 
 
-def train(run: Run) -> dict:
+def train(run: Run, out: Path) -> dict:
     script = importlib.import_module(f"humanline_{run.method}")
-    out = ROOT / "runs/reproduce/now" / str(os.getpid())
     shutil.rmtree(out, ignore_errors=True)
-    out.parent.mkdir(parents=True, exist_ok=True)
     stopped = None
-    with open(out.with_suffix(".log"), "w") as file:
-        with contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
-            try:
-                script.main(script.parse_args(run.argv(out)))
-            except common.BadInput as error:
-                stopped = str(error)
-                if "rewards are equal within groups" not in stopped:
-                    raise
-                # responses all alike, at the best or the worst: nothing to learn
-                last_checkpoint(run, out).save_pretrained(out / "final")
-                shutil.copytree(run.folder() / "policy", out / "final", dirs_exist_ok=True,
-                                ignore=shutil.ignore_patterns("*.safetensors"))
+    try:
+        script.main(script.parse_args(run.argv(out)))
+    except common.BadInput as error:
+        if "rewards are equal within groups" not in str(error):
+            raise
+        # responses all alike, at the best or the worst: nothing to learn
+        last_checkpoint(run, out).save_pretrained(out / "final")
+        shutil.copytree(run.folder() / "policy", out / "final", dirs_exist_ok=True,
+                        ignore=shutil.ignore_patterns("*.safetensors"))
+        stopped = True
     metrics = [json.loads(line) for line in open(out / "metrics.jsonl")]
-    curve = [[m["step"], m["eval_reward_greedy"], m["eval_reward_sampled"]]
-             for m in metrics if "eval_reward_greedy" in m]
-    result = {"run": run, "curve": curve, "stopped": stopped,
-              "seconds": sum(m.get("seconds", 0) for m in metrics)}
+    curve = [[m["step"], m["eval_reward_greedy"]] for m in metrics if "eval_reward_greedy" in m]
+    result = {"run": run, "curve": curve, "stopped": metrics[-1]["step"] if stopped else None,
+              "seconds": round(sum(m.get("seconds", 0) for m in metrics), 2),
+              "unclipped": statistics.fmean(m["unclipped"] for m in metrics[1:]) if metrics[1:] else 1.0}
     if run.world == "addition":
-        return result | {"score": curve[-1][1]}
+        return result | {"score": statistics.fmean(at[1] for at in curve[-4:])}
     rewards = toy_world.grade(out / "final", run.folder(), run.world)
     initial = json.loads((run.folder() / "initial.json").read_text())
     return result | {"score": win_rate(rewards, initial), "utility": statistics.fmean(rewards)}
@@ -178,26 +192,42 @@ def win_rate(rewards: list[float], initial: list[float], samples: int = 4) -> fl
     return statistics.fmean(wins)
 
 
+def write_random(folder: Path, seed: int) -> None:
+    """*_random.jsonl: the data of another policy, which writes 8 to 16 letters at random."""
+    rng, groups = random.Random(seed), []
+    for line in open(folder / "prompts_train.jsonl"):
+        row = json.loads(line)
+        texts = ["".join(rng.choices(toy_world.LETTERS, k=rng.randint(toy_world.SHORTEST, toy_world.LONGEST)))
+                 for _ in range(8)]
+        rewards = toy_world.letters_reward([row["prompt"]] * 8, texts)
+        groups.append(row | {"completions": texts, "rewards": rewards})
+    toy_world.write_data(folder, "random", [], groups)
+
+
 @torch.no_grad()
 def split_in_quartiles(folder: Path) -> None:
     """groups_quartile_1.jsonl (worst) … 4: groups by their responses' mean token log-prob under the
-    initial policy, and the bounds of each in nats."""
+    initial policy; quartiles.json: that of each quartile and of the random data, [lowest, highest], nats."""
     tokenizer = toy_world.AutoTokenizer.from_pretrained(folder / "policy")
     model = toy_world.AutoModelForCausalLM.from_pretrained(folder / "policy").eval()
     model.row_tokens = 0  # no row is shared
-    groups = [json.loads(line) for line in open(folder / "groups_train.jsonl")]
-    means = []
-    for group in groups:
+
+    def mean_logp(group: dict) -> float:
         examples = [common.encode(tokenizer, group["prompt"], text, 48) for text in group["completions"]]
         logp, mask = common.response_logps(model, examples)  # (B, T)
-        means.append(((logp * mask).sum(-1) / mask.sum(-1)).mean().item())
+        return ((logp * mask).sum(-1) / mask.sum(-1)).mean().item()
+
+    groups = [json.loads(line) for line in open(folder / "groups_train.jsonl")]
+    means = list(map(mean_logp, groups))
     order = sorted(range(len(groups)), key=means.__getitem__)
-    quarter, bounds = len(groups) // 4, []
+    quarter, bounds = len(groups) // 4, {}
     for i in range(4):
         part = order[i * quarter : (i + 1) * quarter]
         toy_world.write_jsonl(folder / f"groups_quartile_{i + 1}.jsonl", [groups[j] for j in part])
-        bounds.append([means[part[0]], means[part[-1]]])
-    (folder / "quartiles.json").write_text(json.dumps(bounds))
+        bounds[f"quartile {i + 1}"] = [means[part[0]], means[part[-1]]]
+    some = [json.loads(line) for line in open(folder / "groups_random.jsonl")][:200]
+    found = sorted(map(mean_logp, some))
+    (folder / "quartiles.json").write_text(json.dumps(bounds | {"random": [found[0], found[-1]]}))
 
 
 # --- many runs --------------------------------------------------------------------------------------
@@ -224,9 +254,9 @@ def do(runs: list[Run], jobs: int) -> dict[str, dict]:
     if todo:
         pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"))
         try:
-            for tasks, title in ((worlds, "toy worlds"), (todo, "runs")):
+            for tasks, title in ((worlds, "toy worlds"), (todo, "training")):
                 futures = [pool.submit(work, task) for task in tasks]
-                for future in tqdm(as_completed(futures), title, len(tasks), smoothing=0):
+                for future in tqdm(as_completed(futures), title, len(tasks), smoothing=0, leave=False):
                     result = future.result()
                     if result:
                         with open(store, "a") as file:
@@ -239,61 +269,82 @@ def do(runs: list[Run], jobs: int) -> dict[str, dict]:
 
 # --- the grid ---------------------------------------------------------------------------------------
 
-START = {"dpo": {"lr": "1e-4", "beta": "0.1", "sync_every": "4", "max_grad_norm": "1.0"},
-         "grpo": {"lr": "1e-4", "sync_every": "16", "max_grad_norm": "1.0"}}
-START["kto"] = START["dpo"]
-STAGES = [  # one after the other, each from the best of those before; a name has its values in GRID
-    ("lr", "beta"),
-    ("sync_every",),
-    ("max_grad_norm",),
-]
-GRID = {"lr": ("1e-4", "3e-4", "1e-3"), "beta": ("0.1", "1.0"),
-        "sync_every": {"dpo": ("1", "4", "16"), "kto": ("1", "4", "16"), "grpo": ("4", "16", "32")},
-        "max_grad_norm": ("0.1", "1.0")}
-CELLS = [("letters", method, source, variant)
+LADDERS = {
+    "lr": ("3e-5", "1e-4", "3e-4", "6e-4", "1e-3", "2e-3", "4e-3", "8e-3", "1.6e-2"),
+    "sync_every": ("1", "2", "4", "8", "16", "32", "64"),
+    "max_grad_norm": ("0.01", "0.1", "1", "10", "100"),
+}
+STAGES = ("lr", "sync_every", "lr", "max_grad_norm")  # each from the best of those before
+CELLS = [("letters", method, source, variant, "0" if method == "grpo" else BETA)
          for method in METHODS for source in ("offline", "online") for variant in ("plain", "humanline")]
-CELLS += [("addition", "grpo", source, variant)
-          for source in SOURCES for variant in ("plain", "humanline")]
+CELLS += [("addition", "grpo", source, variant, "0") for source in SOURCES for variant in ("plain", "humanline")]
+SWEPT = [("letters", method, source, variant, beta) for method in ("dpo", "kto") for beta in BETAS if beta != BETA
+         for source, variant in (("offline", "plain"), ("offline", "humanline"), ("online", "plain"))]
 
 
 def start_of(cell: tuple) -> dict:
-    """The flags that a cell has, before any choice. Plain has no k; with n = 1 a window is one update."""
-    flags = dict(START[cell[1]])
-    if cell[3] == "plain":
-        del flags["sync_every"]
-    elif cell[2] == "online":
-        flags["sync_every"] = "1"
+    """The flags that a cell begins with. Plain has no k; with n = 1 a window is one update."""
+    world, method, source, variant, beta = cell
+    flags = {"lr": "3e-4" if world == "addition" else "1e-3", "max_grad_norm": "1", "beta": beta}
+    if variant != "plain":
+        flags["sync_every"] = "1" if source == "online" else "16"
     return flags
 
 
-def candidates(cell: tuple, flags: dict, stage: tuple) -> list[dict]:
-    names = [name for name in stage if name in flags and not (name == "sync_every" and cell[2] == "online")]
-    values = [GRID[name][cell[1]] if name == "sync_every" else GRID[name] for name in names]
-    return [flags | dict(zip(names, some)) for some in itertools.product(*values)]
+def neighbours(cell: tuple, flags: dict, name: str) -> list[dict]:
+    """The flags and those one step down and up the ladder of `name`."""
+    if name not in flags or name == "sync_every" and cell[2] == "online":
+        return [flags]
+    ladder = LADDERS[name]
+    at = ladder.index(flags[name])
+    return [flags | {name: value} for value in ladder[max(0, at - 1) : at + 2]]
+
+
+def climb(starts: dict[tuple, dict], stages: tuple, jobs: int) -> list[dict]:
+    """For each cell what was tried and what was chosen, by the mean less the spread over GRID_SEEDS."""
+    chosen, stage, tried = dict(starts), dict.fromkeys(starts, 0), {cell: {} for cell in starts}
+    while min(stage.values()) < len(stages):
+        runs = {cell: [[Run(*cell[:4], seed, tuple(flags.items())) for seed in GRID_SEEDS]
+                       for flags in neighbours(cell, chosen[cell], stages[stage[cell]])]
+                for cell in starts if stage[cell] < len(stages)}
+        results = do([run for sets in runs.values() for many in sets for run in many], jobs)
+        for cell, sets in runs.items():
+            found = {many[0].flags: [results[run.key]["score"] for run in many] for many in sets}
+            tried[cell] |= found
+            best = dict(max(found, key=lambda flags: statistics.fmean(found[flags]) - statistics.stdev(found[flags])))
+            stage[cell] += best == chosen[cell]
+            chosen[cell] = best
+    return [{"cell": cell, "chosen": chosen[cell], "at the ladder's end": ends(chosen[cell]),
+             "tried": [dict(flags) | {"scores": [round(x, 4) for x in scores]} for flags, scores in tried[cell].items()]}
+            for cell in starts]
+
+
+def ends(flags: dict) -> list[str]:
+    """The flags that stand at an end of their ladder; k = 1 is the least that there is."""
+    return [name for name, ladder in LADDERS.items()
+            if flags.get(name) in (ladder[0], ladder[-1]) and (name, flags[name]) != ("sync_every", "1")]
 
 
 def grid(jobs: int) -> None:
-    chosen, tried = {cell: start_of(cell) for cell in CELLS}, {cell: {} for cell in CELLS}
-    for stage in STAGES:
-        runs = {cell: [[Run(*cell, seed, tuple(flags.items())) for seed in GRID_SEEDS[cell[0]]]
-                       for flags in candidates(cell, chosen[cell], stage)] for cell in CELLS}
-        results = do([run for sets in runs.values() for many in sets for run in many], jobs)
-        for cell, sets in runs.items():
-            for many in sets:
-                tried[cell][many[0].flags] = statistics.fmean(results[r.key]["score"] for r in many)
-            chosen[cell] = dict(max(tried[cell], key=tried[cell].get))
-    cells = [{"cell": cell, "chosen": chosen[cell],
-              "tried": [dict(flags) | {"score": round(x, 4)} for flags, x in tried[cell].items()]}
-             for cell in CELLS]
-    for entry in cells:
-        print(*entry["cell"], entry["chosen"], f"{max(x['score'] for x in entry['tried']):.3f}")
+    cells = climb({cell: start_of(cell) for cell in CELLS}, STAGES, jobs)
     save(RESULTS, "grid", {"command": "./run.sh reproduce --grid", "seeds": GRID_SEEDS, "cells": cells})
+    starts = {cell: choice(*cell[:4], BETA) | {"beta": cell[4]} for cell in SWEPT}
+    cells += climb(starts, ("lr",), jobs)
+    for entry in cells:
+        print(*entry["cell"], entry["chosen"], *(f"({name} at its end)" for name in entry["at the ladder's end"]))
+    minutes = core_minutes(do([], jobs).values(), GRID_SEEDS)
+    save(RESULTS, "grid", {"command": "./run.sh reproduce --grid", "seeds": GRID_SEEDS,
+                           "core-minutes of training": minutes, "cells": cells})
+
+
+def core_minutes(results, seeds) -> float:
+    return round(sum(x["wall"] for x in results if x["run"][4] in seeds) / 60)
 
 
 def choice(*cell) -> dict:
     path = RESULTS / "grid.json"
     if not path.exists():
-        sys.exit("error: no tests/experiments/results/grid.json; make it with ./run.sh reproduce --grid")
+        sys.exit("error: no results/grid.json; make it with ./run.sh reproduce --grid")
     cells = json.loads(path.read_text())["cells"]
     return next(dict(entry["chosen"]) for entry in cells if entry["cell"] == list(cell))
 
@@ -301,17 +352,18 @@ def choice(*cell) -> dict:
 # --- the experiments: rows of (label, runs over the seeds) --------------------------------------------
 
 
-def over_seeds(seeds, *cell, flags: dict | None = None, like: str | None = None, data=None) -> list[Run]:
-    """A cell's runs with its chosen flags, or those of the variant that it is `like`."""
-    chosen = choice(*cell[:3], like or cell[3]) | (flags or {})
-    if cell[3] in ("plain", "clipped only"):
+def over_seeds(seeds, world, method, source, variant, beta=None, flags=None, like=None, data=None) -> list[Run]:
+    """A cell's runs with its chosen flags, or those of the variant that it is `like`, and others."""
+    beta = "0" if method == "grpo" else beta or BETA
+    chosen = choice(world, method, source, like or variant, beta) | (flags or {})
+    if variant in ("plain", "clipped only"):
         chosen.pop("sync_every", None)
-    return [Run(*cell, seed, tuple(chosen.items()), data) for seed in seeds]
+    return [Run(world, method, source, variant, seed, tuple(chosen.items()), data) for seed in seeds]
 
 
-def main_table(seeds, world="letters", methods=tuple(METHODS)) -> dict[str, list[Run]]:
+def main_table(seeds, world="letters", methods=tuple(METHODS), both=("offline", "online")) -> dict[str, list[Run]]:
     return {f"{method} {source} {variant}": over_seeds(seeds, world, method, source, variant)
-            for method in methods for source in ("offline", "online") for variant in ("plain", "humanline")}
+            for method in methods for source in both for variant in ("plain", "humanline")}
 
 
 def verifiable(seeds) -> dict[str, list[Run]]:
@@ -324,47 +376,98 @@ def every_64(seeds) -> dict[str, list[Run]]:
             "every 64 humanline": over_seeds(seeds, "addition", "grpo", "every 64", "humanline")}
 
 
-def k_sweep(seeds, ks=(1, 2, 4, 8, 16, 32, 64)) -> dict[str, list[Run]]:
+KS = (1, 2, 4, 8, 12, 16, 24, 32, 64)
+
+
+def k_sweep(seeds, ks=KS) -> dict[str, list[Run]]:
     return {f"k = {k}": over_seeds(seeds, "addition", "grpo", "every 64", "humanline",
                                    flags={"sync_every": str(k)}) for k in ks}
 
 
+def beta_sweep(seeds) -> dict[str, list[Run]]:
+    return {f"{method} β = {beta} {name}": over_seeds(seeds, "letters", method, source, variant, beta)
+            for method in ("dpo", "kto") for beta in BETAS
+            for name, source, variant in (("plain", "offline", "plain"), ("humanline", "offline", "humanline"),
+                                          ("online", "online", "plain"))}
+
+
+ABLATED = {"letters dpo": ("letters", "dpo", "offline"), "letters kto": ("letters", "kto", "offline"),
+           "letters grpo": ("letters", "grpo", "offline"), "addition grpo": ("addition", "grpo", "every 64")}
+LARGER = ["letters dpo, larger rate", "letters kto, larger rate"]
+
+
 def ablation(seeds) -> dict[str, list[Run]]:
+    """All variants at the flags of humanline, and at the next learning rate of the ladder."""
     rows = {}
-    for world, source in (("letters", "offline"), ("addition", "every 64")):
+    for name in [*ABLATED, *LARGER]:
+        cell, flags = ABLATED[name.partition(",")[0]], {}
+        if name in LARGER:
+            ladder = LADDERS["lr"]
+            flags = {"lr": ladder[ladder.index(choice(*cell, "humanline", BETA)["lr"]) + 1]}
         for variant in VARIANTS:
-            like = "plain" if variant == "plain" else "humanline"
-            rows[f"{world} {variant}"] = over_seeds(seeds, world, "grpo", source, variant, like=like)
+            rows[f"{name}: {variant}"] = over_seeds(seeds, *cell, variant, flags=flags, like="humanline")
+    return rows
+
+
+SETTINGS = ("k = 64", "4 epochs", "data of another policy")
+
+
+def clipping(seeds) -> dict[str, list[Run]]:
+    """Where clipping might add to syncing: longer windows, several epochs, data of another policy."""
+    rows = {}
+    for method in ("dpo", "kto"):
+        kind = METHODS[method][0]
+        quarter = {"max_rows": str(int(ROWS[method]) // 4)}
+        for name, flags, data in (("k = 64", {"sync_every": "64"}, None), ("4 epochs", quarter, None),
+                                  ("data of another policy", {}, f"{kind}_random.jsonl")):
+            for variant in ("synced only", "humanline"):
+                rows[f"{method}, {name}: {variant}"] = over_seeds(
+                    seeds, "letters", method, "offline", variant, flags=flags, like="humanline", data=data)
     return rows
 
 
 def data_quality(seeds) -> dict[str, list[Run]]:
-    cell = "letters", "grpo", "offline", "humanline"
-    rows = {f"quartile {i}": over_seeds(seeds, *cell, data=f"groups_quartile_{i}.jsonl")
-            for i in (1, 2, 3, 4)}
-    return rows | {"all": over_seeds(seeds, *cell)}
+    """96 updates: a quartile has 800 groups, 8 for an update."""
+    files = {f"quartile {i}": f"groups_quartile_{i}.jsonl" for i in (1, 2, 3, 4)}
+    files |= {"random": "groups_random.jsonl", "all": None}
+    return {name: over_seeds(seeds, "letters", "grpo", "offline", "humanline", flags={"steps": "96"}, data=data)
+            for name, data in files.items()}
 
 
 CLAIMS = [("online plain", "offline plain"), ("offline humanline", "offline plain"),
           ("offline humanline", "online plain"), ("online humanline", "online plain")]
+PARTS = [("synced only", "plain"), ("clipped only", "plain"), ("humanline", "synced only"),
+         ("humanline", "clipped only"), ("humanline sampling", "humanline")]
 EXPERIMENTS = {  # name: (rows, pairs whose difference is of interest, what is measured)
     "main": (main_table, [(f"{m} {a}", f"{m} {b}") for m in METHODS for a, b in CLAIMS], "win rate"),
     "verifiable": (verifiable, [(f"grpo {a}", f"grpo {b}") for a, b in CLAIMS], "greedy accuracy"),
+    "beta_sweep": (beta_sweep, [(f"{m} β = {beta} {a}", f"{m} β = {beta} {b}") for m in ("dpo", "kto") for beta in BETAS
+                                for a, b in (("humanline", "plain"), ("online", "humanline"))], "win rate"),
     "every_64": (every_64, [("every 64 plain", "online plain"), ("every 64 humanline", "every 64 plain"),
                             ("every 64 humanline", "online plain")], "greedy accuracy"),
-    "k_sweep": (k_sweep, [("k = 16", "k = 1"), ("k = 16", "k = 64")], "greedy accuracy"),
-    "ablation": (ablation, [(f"{w} {a}", f"{w} {b}") for w in WORLDS for a, b in (
-        ("synced only", "plain"), ("clipped only", "plain"), ("humanline", "synced only"),
-        ("humanline", "clipped only"), ("humanline sampling", "humanline"))], "win rate or accuracy"),
-    "data_quality": (data_quality, [("quartile 1", "quartile 4"), ("quartile 1", "all")], "win rate"),
+    "k_sweep": (k_sweep, [(f"k = {b}", f"k = {a}") for a, b in zip(KS, KS[1:])]
+                + [("k = 16", "k = 1"), ("k = 16", "k = 64")], "greedy accuracy"),
+    "ablation": (ablation, [(f"{name}: {a}", f"{name}: {b}") for name in [*ABLATED, *LARGER] for a, b in PARTS],
+                 "win rate or accuracy"),
+    "clipping": (clipping, [(f"{m}, {name}: humanline", f"{m}, {name}: synced only") for m in ("dpo", "kto")
+                            for name in SETTINGS], "win rate"),
+    "data_quality": (data_quality, [("quartile 1", "quartile 4"), ("quartile 1", "all"), ("random", "all")], "win rate"),
 }
+T_975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t for so many seeds
 
 
-def interval(values: list[float], draws: int = 10_000) -> list[float]:
-    """[mean, low, high]: 95% percentile bootstrap over seeds; one seed has no interval."""
-    rng, mean = random.Random(0), statistics.fmean(values)
-    means = sorted(statistics.fmean(rng.choices(values, k=len(values))) for _ in range(draws))
-    return [round(x, 4) for x in (mean, means[int(0.025 * draws)], means[int(0.975 * draws) - 1])]
+def interval(values: list[float]) -> list[float]:
+    """[mean, low, high]: 95% t-interval over seeds; one seed has no interval."""
+    mean, half = statistics.fmean(values), 0.0
+    if len(values) > 1:
+        half = T_975[len(values)] * statistics.stdev(values) / len(values) ** 0.5
+    return [round(x, 4) for x in (mean, mean - half, mean + half)]
+
+
+def verdict(numbers: list[float]) -> str:
+    """The one rule for all tables: where the interval of a difference lies."""
+    _, low, high = numbers
+    return "above 0" if low > 0 else "below 0" if high < 0 else "holds 0"
 
 
 def machine() -> str:
@@ -374,15 +477,14 @@ def machine() -> str:
 def save(folder: Path, name: str, table: dict) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     table |= {"machine": machine()}
-    text = json.dumps(table, indent=1)
+    text = json.dumps(table, indent=1, ensure_ascii=False)
     (folder / f"{name}.json").write_text(text + "\n")
 
 
 def summarize(name: str, rows: dict[str, list[Run]], results: dict, command: str) -> dict:
     """The table of an experiment: of each row mean and interval over seeds, the values, the curve."""
     _, pairs, measured = EXPERIMENTS[name]
-    table = {"command": command, "measured": measured, "rows": {}, "differences": {}}
-    values = {}
+    table, values = {"command": command, "measured": measured, "rows": {}, "differences": {}}, {}
     for label, runs in rows.items():
         done = [results[run.key] for run in runs]
         values[label] = [x["score"] for x in done]
@@ -393,50 +495,48 @@ def summarize(name: str, rows: dict[str, list[Run]], results: dict, command: str
             "values": [round(x, 4) for x in values[label]],
             "flags": dict(runs[0].flags),
             "seconds": round(statistics.median(x["seconds"] for x in done), 1),
+            "unclipped": round(statistics.fmean(x["unclipped"] for x in done), 4),
+            "stopped": {run.seed: x["stopped"] for run, x in zip(runs, done) if x["stopped"] is not None},
             "curve": {"updates": [at[0][0] for at in curves],
-                      "greedy": [interval([x[1] for x in at], 1000) for at in curves],
-                      "sampled": [interval([x[2] for x in at], 1000) for at in curves]},
+                      "greedy": [interval([x[1] for x in at]) for at in curves]},
         }
         if "utility" in done[0]:
             table["rows"][label]["utility"] = interval([x["utility"] for x in done])
-        table["rows"][label]["stopped early"] = sum(bool(x.get("stopped")) for x in done)
     for a, b in pairs:
         if a in values and b in values:
-            table["differences"][f"{a} − {b}"] = interval([x - y for x, y in zip(values[a], values[b])])
+            numbers = interval([x - y for x, y in zip(values[a], values[b])])
+            table["differences"][f"{a} − {b}"] = {"difference": numbers, "verdict": verdict(numbers)}
     if name == "data_quality":
         bounds = [json.loads((run.folder() / "quartiles.json").read_text()) for run in rows["all"]]
-        for i in range(4):
-            low, high = ([b[i][side] for b in bounds] for side in (0, 1))
-            table["rows"][f"quartile {i + 1}"]["nats"] = [round(min(low), 2), round(max(high), 2)]
+        for part in bounds[0]:
+            low, high = zip(*(b[part] for b in bounds))
+            table["rows"][part]["nats"] = [round(min(low), 2), round(max(high), 2)]
     return table
 
 
 def show(name: str, table: dict) -> None:
-    single = len(table["seeds"]) == 1
-    print(f"\n{name}: {table['measured']}, " + ("one seed" if single else f"seeds {table['seeds']}, mean [95% interval]"))
-
-    def text(numbers, form):
-        mean, *bounds = (f"{x:{form}}" for x in numbers)
-        return mean if single else f"{mean} [{', '.join(bounds)}]"
-
+    print(f"\n{name}: {table['measured']}, seeds {table['seeds']}, mean [95% interval]")
     for label, row in table["rows"].items():
-        utility = f"  utility {row['utility'][0]:+.3f}" if "utility" in row else ""
+        mean, low, high = row["score"]
         flags = " ".join(f"{key} {value}" for key, value in row["flags"].items())
-        print(f"  {label:28s}{text(row['score'], '.3f')}{utility}  {row['seconds']:5.1f} s  {flags}")
-    for label, numbers in table["differences"].items():
-        print(f"  {label:58s}{text(numbers, '+.3f')}")
+        print(f"  {label:48s}{mean:.3f} [{low:.3f}, {high:.3f}]  {row['seconds']:5.1f} s  {flags}")
+    for label, found in table["differences"].items():
+        mean, low, high = found["difference"]
+        print(f"  {label:78s}{mean:+.3f} [{low:+.3f}, {high:+.3f}]  {found['verdict']}")
 
 
 def measure_time(seeds) -> dict:
     """Seconds of training and sampling of the same number of updates, one run at a time."""
-    rows = {}
+    rows, out = {}, ROOT / "runs/reproduce/now/time"
+    torch.set_num_threads(1)
     for world in WORLDS:
         for source, variant in (("online", "plain"), ("offline", "humanline")):
-            runs = over_seeds(seeds, world, "grpo", source, variant)
-            for task in {(run.world, run.seed) for run in runs}:
-                build_world(*task)
-            seconds = [train(run)["seconds"] for run in tqdm(runs, f"time: {world} {source}")]
-            rows[f"{world} {source} {variant}"] = [round(x, 2) for x in seconds]
+            rows[f"{world} {source} {variant}"] = seconds = []
+            for run in tqdm(over_seeds(seeds, world, "grpo", source, variant), f"time: {world} {source}", leave=False):
+                with open(os.devnull, "w") as file:
+                    with contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+                        build_world(run.world, run.seed)
+                        seconds.append(train(run, out)["seconds"])
     ratios = {world: interval([a / b for a, b in zip(rows[f"{world} online plain"],
                                                      rows[f"{world} offline humanline"])])
               for world in WORLDS}
@@ -444,9 +544,43 @@ def measure_time(seeds) -> dict:
             "one run at a time, one thread", "rows": rows, "online / offline + humanline": ratios}
 
 
+# --- the demo ---------------------------------------------------------------------------------------
+
+
+def demo(jobs: int) -> None:
+    """Three short tables of one seed; a minute or two after the toy worlds are made."""
+    seeds, folder = SEEDS[:1], ROOT / "runs/quick"
+    rows = {"main": main_table(seeds), "every_64": every_64(seeds), "k_sweep": k_sweep(seeds, (1, 4, 16, 64))}
+    rows["main"] = {label: runs for label, runs in rows["main"].items() if "online humanline" not in label}
+    results = do([run for many in rows.values() for runs in many.values() for run in runs], jobs)
+    tables = {name: summarize(name, some, results, "./run.sh") for name, some in rows.items()}
+    for name, table in tables.items():
+        save(folder, name, table)
+    score = {name: {label: row["score"][0] for label, row in table["rows"].items()} for name, table in tables.items()}
+
+    main = score["main"]
+    print("\n1. Fixed data, fixed data with humanline, fresh samples: win rate against the initial policy\n\n"
+          f"{'':8s}{'offline':>10s}{'+ humanline':>14s}{'online':>10s}")
+    for method in METHODS:
+        three = [main[f"{method} {cell}"] for cell in ("offline plain", "offline humanline", "online plain")]
+        print(f"{method.upper():8s}{three[0]:10.2f}{three[1]:14.2f}{three[2]:10.2f}")
+    print("\n2. GRPO on sums that are sampled every 64 updates: greedy accuracy\n")
+    for label, x in score["every_64"].items():
+        print(f"{label.replace('online', 'every update,'):24s}{x:8.2f}")
+    print("\n3. The same with humanline, synced every k updates\n")
+    print("".join(f"{label:>10s}" for label in score["k_sweep"]))
+    print("".join(f"{x:10.2f}" for x in score["k_sweep"].values()))
+    draw_main(tables["main"], folder)
+    draw_every_64(tables["every_64"], folder)
+    draw_k_sweep(tables["k_sweep"], tables["every_64"], folder)
+    better = [m.upper() for m in METHODS if main[f"{m} offline humanline"] > main[f"{m} offline plain"]]
+    print(f"\nOn this one seed humanline lifts offline training for {', '.join(better) or 'none of the methods'}; "
+          f"the picture is {(folder / 'main.png').relative_to(ROOT)}. README.md has five seeds.")
+
+
 # --- figures ----------------------------------------------------------------------------------------
 
-COLORS = {"plain": "#D55E00", "humanline": "#0072B2"}  # Okabe and Ito: for the colour-blind, too
+COLORS = {"plain": "#D55E00", "humanline": "#0072B2", "online": "#000000"}  # Okabe and Ito: for the colour-blind
 
 
 def point(axes, x, row: dict, color: str, marker: str, label=None, filled=True) -> None:
@@ -466,26 +600,44 @@ def finish(figure, folder: Path, name: str) -> None:
 
 def draw_main(table: dict, folder: Path) -> None:
     figure, axes = plt.subplots(figsize=(7, 3.6))
-    methods = [m for m in METHODS if any(label.startswith(m) for label in table["rows"])]
-    for i, method in enumerate(methods):
-        for j, (source, variant) in enumerate(itertools.product(("offline", "online"), COLORS)):
+    cells = [("offline", "plain"), ("offline", "humanline"), ("online", "plain"), ("online", "humanline")]
+    for i, method in enumerate(METHODS):
+        for j, (source, variant) in enumerate(cells):
             row = table["rows"].get(f"{method} {source} {variant}")
             if row:
-                label = f"{source}{' + humanline' if variant == 'humanline' else ''}" if not i else None
+                label = None if i else f"{source}{' + humanline' if variant == 'humanline' else ''}"
                 point(axes, i + (j - 1.5) / 5, row, COLORS[variant], "so"[source == "online"], label,
                       filled=source == "offline")
     axes.axhline(0.5, color="gray", linewidth=0.8, linestyle=":")
     axes.text(0.01, 0.5, "initial policy", transform=axes.get_yaxis_transform(), va="bottom", color="gray", fontsize=8)
-    axes.set_xticks(range(len(methods)), [m.upper() for m in methods])
+    axes.set_xticks(range(len(METHODS)), [m.upper() for m in METHODS])
     axes.set_ylabel("win rate against the initial policy")
-    axes.set_ylim(0, 1.05)
-    axes.legend(fontsize=8, ncols=2)
+    axes.set_ylim(0.45, 1.03)
+    axes.legend(fontsize=8, ncols=2, loc="lower right")
     finish(figure, folder, "main")
+
+
+def draw_beta(table: dict, folder: Path) -> None:
+    figure, both = plt.subplots(1, 2, figsize=(7, 3.2), sharey=True)
+    for axes, method in zip(both, ("dpo", "kto")):
+        for j, (name, marker) in enumerate((("plain", "s"), ("humanline", "o"), ("online", "^"))):
+            for i, beta in enumerate(BETAS):
+                row = table["rows"][f"{method} β = {beta} {name}"]
+                label = None if i else {"plain": "offline", "humanline": "offline + humanline"}.get(name, name)
+                point(axes, i + (j - 1) / 6, row, COLORS[name], marker, label)
+            means = [table["rows"][f"{method} β = {beta} {name}"]["score"][0] for beta in BETAS]
+            axes.plot([i + (j - 1) / 6 for i in range(len(BETAS))], means, color=COLORS[name], linewidth=0.8)
+        axes.set_xticks(range(len(BETAS)), BETAS)
+        axes.set_xlabel("β")
+        axes.set_title(method.upper(), fontsize=10)
+    both[0].set_ylabel("win rate")
+    both[1].legend(fontsize=8)
+    finish(figure, folder, "beta_sweep")
 
 
 def draw_every_64(table: dict, folder: Path) -> None:
     figure, axes = plt.subplots(figsize=(7, 3.6))
-    looks = {"online plain": ("#000000", "-", "sampled every update (online)"),
+    looks = {"online plain": (COLORS["online"], "-", "sampled every update (online)"),
              "every 64 plain": (COLORS["plain"], "--", "every 64 updates, plain"),
              "every 64 humanline": (COLORS["humanline"], "-.", "every 64 updates, humanline")}
     for label, (color, line, name) in looks.items():
@@ -504,7 +656,7 @@ def draw_k_sweep(table: dict, others: dict, folder: Path) -> None:
     figure, axes = plt.subplots(figsize=(7, 3.6))
     for i, (label, row) in enumerate(table["rows"].items()):
         point(axes, i, row, COLORS["humanline"], "o", None if i else "humanline, sampled every 64 updates")
-    for label, color, line, name in (("online plain", "#000000", "-", "sampled every update (online)"),
+    for label, color, line, name in (("online plain", COLORS["online"], "-", "sampled every update (online)"),
                                      ("every 64 plain", COLORS["plain"], "--", "every 64 updates, plain")):
         mean, low, high = others["rows"][label]["score"]
         axes.axhline(mean, color=color, linestyle=line, label=name)
@@ -522,41 +674,44 @@ def draw_k_sweep(table: dict, others: dict, folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--grid", action="store_true", help="choose each cell's flags, on other seeds")
-    parser.add_argument("--quick", action="store_true", help="one seed, a slice, minutes")
+    parser.add_argument("--quick", action="store_true", help="the demo: one seed, a slice, minutes")
     parser.add_argument("--only", nargs="*", choices=[*EXPERIMENTS, "time", "theory"], help="some experiments")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
     args = parser.parse_args()
     if args.grid:
         return grid(args.jobs)
-    seeds, command = SEEDS, "./run.sh reproduce"
+    if args.quick:
+        return demo(args.jobs)
     names = args.only if args.only is not None else [*EXPERIMENTS, "time", "theory"]
-    if args.quick:
-        seeds, command, names = SEEDS[:1], "./run.sh reproduce --quick", ["main", "every_64", "k_sweep"]
-    results_to, figures_to = (ROOT / "runs/quick",) * 2 if args.quick else (RESULTS, FIGURES)
-    rows = {name: EXPERIMENTS[name][0](seeds) for name in names if name in EXPERIMENTS}
-    if args.quick:
-        rows["k_sweep"] = k_sweep(seeds, (1, 4, 16, 64))
-    runs = [run for many in rows.values() for some in many.values() for run in some]
-    results, tables = do(runs, args.jobs), {}
-    for name, some in rows.items():
-        tables[name] = summarize(name, some, results, command)
-        show(name, tables[name])
-        save(results_to, name, tables[name])
-    if "theory" in names:
-        subprocess.run([sys.executable, ROOT / "tests/experiments/theory.py"], check=True, stdout=subprocess.DEVNULL)
-    if "time" in names:
-        torch.set_num_threads(1)
-        table = measure_time(seeds)
-        save(results_to, "time", table)
-        print("\ntime:", *table["rows"].items(), table["online / offline + humanline"], sep="\n  ")
+    rows = {name: EXPERIMENTS[name][0](SEEDS) for name in names if name in EXPERIMENTS}
+    results = do([run for many in rows.values() for some in many.values() for run in some], args.jobs)
+    tables = {name: summarize(name, some, results, "./run.sh reproduce") for name, some in rows.items()}
     if "main" in tables:
-        draw_main(tables["main"], figures_to)
-    if "every_64" in tables:
-        draw_every_64(tables["every_64"], figures_to)
+        lengths = [tokens_of(folder_of("letters", seed)) for seed in SEEDS]
+        tables["main"] |= {"beta times tokens": {"paper": PAPER["beta"] * PAPER["tokens"], "tokens": interval(lengths),
+                                                 "here": float(BETA) * statistics.fmean(lengths)},
+                           "core-minutes of training": core_minutes(results.values(), SEEDS)}
+    for name, table in tables.items():
+        show(name, table)
+        save(RESULTS, name, table)
+    if "theory" in names:
+        subprocess.run([sys.executable, HERE / "theory.py"], check=True, stdout=subprocess.DEVNULL)
+    if "time" in names:
+        table = measure_time(SEEDS)
+        save(RESULTS, "time", table)
+        print("\ntime:", *table["rows"].items(), table["online / offline + humanline"], sep="\n  ")
+    for name, draw in (("main", draw_main), ("beta_sweep", draw_beta), ("every_64", draw_every_64)):
+        if name in tables:
+            draw(tables[name], FIGURES)
     if "k_sweep" in tables and "every_64" in tables:
-        draw_k_sweep(tables["k_sweep"], tables["every_64"], figures_to)
-    if tables:
-        print(f"\ntables and figures are in {results_to} and {figures_to}")
+        draw_k_sweep(tables["k_sweep"], tables["every_64"], FIGURES)
+    print(f"\ntables and figures are in {RESULTS} and {FIGURES}")
+
+
+def tokens_of(folder: Path) -> float:
+    """Mean tokens of the offline responses, their end included: one a letter."""
+    groups = [json.loads(line) for line in open(folder / "groups_train.jsonl")]
+    return statistics.fmean(len(text) + 1 for group in groups for text in group["completions"])
 
 
 if __name__ == "__main__":

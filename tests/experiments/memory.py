@@ -1,0 +1,247 @@
+"""GPU memory of an update and of sampling, for any model, without a GPU or its weights.
+
+    ./run.sh memory                                          four models, minutes on a CPU: the README's table
+    .venv/bin/python tests/experiments/memory.py --model ID  another one, by its folder or Hub id
+
+The real code runs, common.py's response_logps and its backward pass under bf16 autocast, on tensors that have
+a shape and no data (FakeTensorMode). Every operation tells which storages it makes; we count a storage from its
+birth until Python and autograd have let go of it, and keep the peak. To the peak come 16 bytes a parameter: float32
+weights, gradients and AdamW's two averages (fused: no temporaries). Autocast's bf16 copies of the weights, 2 bytes
+more, are in the peak, and so is all that the head makes.
+
+The layers of these models are alike, so we trace two and three of them and go on in a straight line, the forward pass,
+the backward pass and the embedding's gradient each for itself; a test does the same with real tensors and all layers.
+An update is traced at three sizes, with rows alone (causal attention without a mask) and with rows of 2 H tokens that
+two responses share (a mask, and K and V repeated for each head: more); all tokens are trained. Bytes are linear in
+tokens, but for small sizes with checkpointing, and there convex, so that interpolating never says too little; beyond
+the largest size the line goes on. Sampling is traced twice: reading the longest prompts,
+and writing the last token of the longest responses, with the float32 cache of keys and values.
+
+What CUDA does otherwise. Its flash attention saves what the CPU's does (bf16 Q, K, V and output, a float32 per head)
+and under a mask its memory-efficient kernel saves the bf16 mask of each layer, as here; backward kernels' own work
+space is not seen, but it is needed when the peak is over. Its logits are made in float32 and not rounded first: half a
+chunk less than here. The allocator's rounding and fragmentation, cuBLAS's work space and the CUDA context are not seen:
+leave a tenth of the card free for them. Nothing here has been compared with a GPU yet.
+"""
+
+import argparse
+import copy
+import json
+import os
+import platform
+import sys
+import weakref
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULT = ROOT / "tests/experiments/results/memory.json"
+sys.path[:0] = [str(ROOT), str(ROOT / "tests/experiments")]
+
+import torch  # noqa: E402
+from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+from torch.utils._pytree import tree_leaves  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, masking_utils  # noqa: E402
+
+import common  # noqa: E402
+
+SHAPES = {  # family, vocabulary, hidden, inner, layers, heads, key-value heads, tied
+    "Qwen2.5-0.5B": ("qwen2", 151_936, 896, 4864, 24, 14, 2, True),
+    "Qwen2.5-1.5B": ("qwen2", 151_936, 1536, 8960, 28, 12, 2, True),
+    "Qwen2.5-3B": ("qwen2", 151_936, 2048, 11_008, 36, 16, 2, True),
+    "Llama-3-8B": ("llama", 128_256, 4096, 14_336, 32, 32, 8, False),
+}
+CARDS = {"24 GB": 24e9, "80 GB": 80e9}
+SPARE = 0.9  # of a card that may be filled
+MODES = {"plain": False, "checkpointed": True}  # --activation_checkpointing
+ROWS = (1, 8, 16)  # of 2 H tokens, in a traced micro-batch
+PROMPT, RESPONSE = 1024, 2048  # longest of the GRPO recipe: --max_length 3072 --max_new_tokens 2048
+
+
+def config_of(name: str):
+    if name not in SHAPES:
+        return AutoConfig.from_pretrained(name)
+    family, vocabulary, hidden, inner, layers, heads, kv, tied = SHAPES[name]
+    return AutoConfig.for_model(
+        family, vocab_size=vocabulary, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=kv, tie_word_embeddings=tied, max_position_embeddings=2**17)
+
+
+class Live(TorchDispatchMode):
+    """Bytes of all storages that operations have made and nobody has dropped; known ones do not count."""
+
+    def __init__(self, known):
+        super().__init__()
+        self.now, self.peak, self.peaks = 0, 0, []
+        self.seen = {x.untyped_storage()._cdata for x in known}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for storage in (x.untyped_storage() for x in tree_leaves(out) if isinstance(x, torch.Tensor)):
+            if storage._cdata not in self.seen:
+                self.seen.add(storage._cdata)
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self.drop, storage._cdata, storage.nbytes())
+        return out
+
+    def end_phase(self, *_) -> None:
+        """The next peak is another's."""
+        self.peaks.append(self.peak)
+        self.peak = self.now
+
+    def drop(self, key: int, size: int) -> None:
+        self.seen.discard(key)
+        self.now -= size
+
+
+def make_model(config, checkpointed: bool = False):
+    """A random float32 policy with gradients; under FakeTensorMode without data."""
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa").eval()
+    if checkpointed:
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+        model.train()
+    for weight in model.parameters():
+        weight.grad = torch.zeros_like(weight)
+    return model
+
+
+def update_bytes(model, rows: int, length: int, shared: bool) -> list[int]:
+    """Peaks of a micro-batch's forward pass, backward pass and embedding's gradient, beyond weights and gradients."""
+    model.row_tokens = length if shared else 0
+    cuts = (8, length // 2, length) if shared else (8, length)  # a prompt of 8 tokens, then responses
+    examples = [common.Example([1] * (8 + end - start), 8) for _ in range(rows) for start, end in zip(cuts, cuts[1:])]
+    known = [x for weight in model.parameters() for x in (weight, weight.grad)]
+    with Live(known) as live:
+        def embedded(module, inputs, out):
+            out.register_hook(live.end_phase)
+
+        hook = model.get_input_embeddings().register_forward_hook(embedded)
+        with torch.autocast("cpu", torch.bfloat16):
+            logp, _ = common.response_logps(model, examples)
+        live.end_phase()
+        logp.sum().backward()
+        live.end_phase()
+    hook.remove()
+    return live.peaks
+
+
+@torch.no_grad()
+def sampling_bytes(model, batch: int, prompt: int, response: int) -> tuple[int, int]:
+    """Peaks of a batch's first and last step of generation beyond weights and gradients; bytes of its cache."""
+    def step(length, past, cache):
+        mask = torch.ones(batch, past + length, dtype=torch.long)
+        out = model(torch.ones(batch, length, dtype=torch.long), attention_mask=mask, past_key_values=cache,
+                    use_cache=True, logits_to_keep=1)
+        torch.multinomial(out.logits[:, -1].float().div(0.7).softmax(-1), 1)
+
+    peaks = []
+    for past, length in ((0, prompt), (prompt + response - 1, 1)):
+        cache = DynamicCache(config=model.config)
+        known = [x for weight in model.parameters() for x in (weight, weight.grad)]
+        with torch.autocast("cpu", torch.bfloat16), Live(known) as live:
+            if past:  # grow the cache by a forward pass that does not count
+                step(past, 0, cache)
+                live.peak = live.now
+            step(length, past, cache)
+        peaks.append(live.peak)
+    return *peaks, sum(x.nbytes for layer in cache.layers for x in (layer.keys, layer.values))
+
+
+def with_layers(config, layers: int):
+    config = copy.deepcopy(config)
+    text = config.get_text_config()
+    text.num_hidden_layers = layers
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:layers]
+    return config
+
+
+def all_layers(config, checkpointed: bool, trace) -> list[int]:
+    """What trace(model) gives for the whole model, from models of two and of three layers."""
+    layers = config.get_text_config().num_hidden_layers
+    two, three = (trace(make_model(with_layers(config, n), checkpointed)) for n in (2, 3))
+    return [a + (layers - 2) * (b - a) for a, b in zip(two, three)]
+
+
+def measure(config) -> dict:
+    """Bytes of a model's updates and of its sampling."""
+    with torch.device("meta"):
+        parameters = sum(weight.numel() for weight in AutoModelForCausalLM.from_config(config).parameters())
+    row, states, length = {"parameters": parameters}, 16 * parameters, 2 * config.get_text_config().hidden_size
+    kept = masking_utils.find_packed_sequence_indices, dict(common.CHUNK_BYTES)
+    masking_utils.find_packed_sequence_indices = lambda _: None  # reads data: are there several texts in a row? No
+    common.CHUNK_BYTES["cpu"] = common.CHUNK_BYTES["cuda"]
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for mode, checkpointed in MODES.items():
+            row[mode] = {layout: [
+                [rows * length, states + max(all_layers(config, checkpointed, lambda model: update_bytes(
+                    model, rows, length, layout == "shared")))] for rows in ROWS] for layout in ("alone", "shared")}
+        sampled = {batch: all_layers(config, False, lambda model: sampling_bytes(model, batch, PROMPT, RESPONSE))
+                   for batch in (16, 128)}
+    row["sampling"] = [[batch, states + max(peaks)] for batch, (*peaks, _) in sampled.items()]
+    row["cache bytes a token"] = sampled[16][-1] // (16 * (PROMPT + RESPONSE))
+    masking_utils.find_packed_sequence_indices = kept[0]
+    common.CHUNK_BYTES.update(kept[1])
+    return row
+
+
+def between(points: list, x: float) -> float:
+    """Linear interpolation, or extrapolation from the nearest two points."""
+    i = next((i for i in range(1, len(points)) if x <= points[i][0]), len(points) - 1)
+    (x0, y0), (x1, y1) = points[i - 1 : i + 1]
+    return y0 + (x - x0) * (y1 - y0) / (x1 - x0)
+
+
+def needs(row: dict, tokens: float, mode: str = "plain") -> float:
+    """Bytes that training takes with micro-batches of so many tokens."""
+    return max(between(points, tokens) for points in row[mode].values())
+
+
+def largest(bytes_of, card: float, step: int) -> int:
+    """The largest multiple of step that leaves a tenth of the card free; 0 if there is none."""
+    fits, over = 0, 1
+    while bytes_of(over * step) <= SPARE * card:
+        fits, over = over, 2 * over
+    while over - fits > 1:
+        middle = (fits + over) // 2
+        fits, over = (middle, over) if bytes_of(middle * step) <= SPARE * card else (fits, middle)
+    return fits * step
+
+
+def memory_table(table: dict | None = None) -> str:
+    """The README's table, from the results."""
+    rows, gib, mib = (table or json.loads(RESULT.read_text()))["models"], 2**30, 2**20
+    lines = [["", "parameters", "18 bytes each", "MiB a token", *(f"{card}: `--micro_tokens`" for card in CARDS),
+              *(f"{card}: `--gen_batch`" for card in CARDS)]]
+    lines.append(["---"] * len(lines[0]))
+
+    def both(numbers: list) -> str:
+        return "–" if numbers == ["–", "–"] else f"{numbers[0]} ({numbers[1]})"
+
+    for name, row in rows.items():
+        (x0, _), (x1, _) = row["plain"]["shared"][-2:]
+        slopes = [f"{(needs(row, x1, mode) - needs(row, x0, mode)) / (x1 - x0) / mib:.2f}" for mode in MODES]
+        fits = [[largest(lambda n: needs(row, n, mode), size, 1024) for mode in MODES] for size in CARDS.values()]
+        batches = [largest(lambda n: between(row["sampling"], n), size, 8) for size in CARDS.values()]
+        lines.append([name, f"{row['parameters'] / 1e9:.2f} B", f"{18 * row['parameters'] / gib:.1f} GiB", both(slopes),
+                      *(both([f"{n:,}" if n else "–" for n in pair]) for pair in fits),
+                      *(str(n or "–") for n in batches)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", nargs="*", default=[], help="folders or Hub ids; none: the README's table")
+    args = parser.parse_args(argv)
+    models = {name: measure(config_of(name)) for name in tqdm(args.model or SHAPES, "models", leave=False)}
+    table = {"command": "./run.sh memory", "models": models,
+             "machine": f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"}
+    if not args.model:
+        RESULT.write_text(json.dumps(table, indent=1) + "\n")
+    print(memory_table(table))
+
+
+if __name__ == "__main__":
+    main()
