@@ -223,7 +223,7 @@ def hold_out(rows: list[Row], others: list[Row], args) -> tuple[list[Row], list[
 def make_batches(rows: list[Row], args) -> list[list[Row]]:
     """All batches of the run; each epoch has its order and drops a ragged last batch."""
     if len({row.desirable for row in rows}) < 2:
-        raise BadInput("rows of one class only")
+        raise BadInput("all rows have the same label, but KTO needs both")
     loader = DataLoader(rows, args.batch_size, shuffle=True, drop_last=True, collate_fn=list,
                         generator=torch.Generator().manual_seed(args.seed))
     epochs = math.ceil(args.steps / len(loader)) if args.steps else args.epochs

@@ -170,7 +170,7 @@ def test_bad_texts_that_no_json_file_can_hold(policy, prompt, words):
 
 def test_kto_needs_both_classes(refused, tmp_path):
     rows = [dict(row, label=1) for row in make_rows("kto", 48)]
-    refused(kto, "rows of one class only", "--data", write_jsonl(tmp_path / "rows.jsonl", rows))
+    refused(kto, "all rows have the same label", "--data", write_jsonl(tmp_path / "rows.jsonl", rows))
 
 
 def test_kto_needs_two_prompts_in_a_batch(refused, tmp_path):

@@ -26,13 +26,14 @@ from conftest import ROOT, metrics_of
 README = ROOT / "README.md"
 TRL = importlib.util.find_spec("trl") is not None
 needs_trl = pytest.mark.skipif(not TRL, reason="trl is not installed")
+BLOCKS = ("own-loop", "no-second-model", "trl")  # in the text's order
 LOG_EPS, BETA, LR, UPDATES = (-0.2, 0.3), 0.5, 1e-2, 6
 
 
 def block(name, *edits):
     """A block's code; edits, (old, new), make a mutant of it."""
-    pattern = rf"<!-- block: {name} -->\n```python\n(.*?)^```"
-    code = re.search(pattern, README.read_text(), re.S | re.M)[1]
+    section = README.read_text().partition("## Put it into your own trainer")[2]
+    code = re.findall(r"^```python\n(.*?)^```", section, re.S | re.M)[BLOCKS.index(name)]
     for old, new in edits:
         assert old in code, old
         code = code.replace(old, new)

@@ -213,7 +213,7 @@ def largest(bytes_of, card: float, step: int) -> int:
 def memory_table(table: dict | None = None) -> str:
     """The README's table, from the results."""
     rows, gib, mib = (table or json.loads(RESULT.read_text()))["models"], 2**30, 2**20
-    lines = [["", "parameters", "18 bytes each", "MiB a token", *(f"{card}: `--micro_tokens`" for card in CARDS),
+    lines = [["", "18 bytes a parameter", "MiB a token", *(f"{card}: `--micro_tokens`" for card in CARDS),
               *(f"{card}: `--gen_batch`" for card in CARDS)]]
     lines.append(["---"] * len(lines[0]))
 
@@ -225,7 +225,7 @@ def memory_table(table: dict | None = None) -> str:
         slopes = [f"{(needs(row, x1, mode) - needs(row, x0, mode)) / (x1 - x0) / mib:.2f}" for mode in MODES]
         fits = [[largest(lambda n: needs(row, n, mode), size, 1024) for mode in MODES] for size in CARDS.values()]
         batches = [largest(lambda n: between(row["sampling"], n), size, 8) for size in CARDS.values()]
-        lines.append([name, f"{row['parameters'] / 1e9:.2f} B", f"{18 * row['parameters'] / gib:.1f} GiB", both(slopes),
+        lines.append([name, f"{18 * row['parameters'] / gib:.1f} GiB", both(slopes),
                       *(both([f"{n:,}" if n else "–" for n in pair]) for pair in fits),
                       *(str(n or "–") for n in batches)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -281,11 +281,10 @@ TABLES = {"first": first_table, "memory": memory_table, "bench": bench_table}
 
 
 def fill(text: str) -> str:
+    """README.md with each table after its marker, to the next blank line."""
     for name, make in TABLES.items():
-        start, end = f"<!-- {name} -->\n", f"\n<!-- /{name} -->"
-        before, _, rest = text.partition(start)
-        _, _, after = rest.partition(end)
-        text = before + start + make() + end + after
+        before, marker, rest = text.partition(f"<!-- {name} -->\n")
+        text = before + marker + make() + "\n\n" + rest.partition("\n\n")[2]
     return text
 
 
