@@ -271,8 +271,8 @@ def do(runs: list[Run], jobs: int) -> dict[str, dict]:
 
 LADDERS = {
     "lr": ("3e-5", "1e-4", "3e-4", "6e-4", "1e-3", "2e-3", "4e-3", "8e-3", "1.6e-2"),
-    "sync_every": ("1", "2", "4", "8", "16", "32", "64"),
-    "max_grad_norm": ("0.01", "0.1", "1", "10", "100"),
+    "sync_every": ("1", "2", "4", "8", "16", "32", "64", "128"),
+    "max_grad_norm": ("0.01", "0.1", "1", "10", "100", "1000"),
 }
 STAGES = ("lr", "sync_every", "lr", "max_grad_norm")  # each from the best of those before
 CELLS = [("letters", method, source, variant, "0" if method == "grpo" else BETA)
@@ -311,7 +311,8 @@ def climb(starts: dict[tuple, dict], stages: tuple, jobs: int) -> list[dict]:
         for cell, sets in runs.items():
             found = {many[0].flags: [results[run.key]["score"] for run in many] for many in sets}
             tried[cell] |= found
-            best = dict(max(found, key=lambda flags: statistics.fmean(found[flags]) - statistics.stdev(found[flags])))
+            steady = {flags: statistics.fmean(x) - statistics.stdev(x) for flags, x in found.items()}
+            best = dict(max(steady, key=lambda flags: (steady[flags], dict(flags) == chosen[cell])))  # a tie: stay
             stage[cell] += best == chosen[cell]
             chosen[cell] = best
     return [{"cell": cell, "chosen": chosen[cell], "at the ladder's end": ends(chosen[cell]),
