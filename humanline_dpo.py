@@ -327,7 +327,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--gamma_R", type=positive, default=0.01, help="B_R ~ Beta(gamma_R, 1)")
     add("--sync_every", type=count, default=1, help="k: updates between syncs; 0: never")
     add("--plain", action="store_true", help="no clipping, no syncing")
-    add("--beta", type=positive, default=0.1, help="inverse temperature (*)")
+    add("--beta", type=positive, default=0.1, help="inverse temperature")
     add = parser.add_argument_group("rollouts; --data then holds prompts").add_argument
     add("--sample_every", type=count, default=0, help="n: updates between them; 0: never")
     add("--reward", help="FILE.py:FUNCTION; see README.md")

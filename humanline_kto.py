@@ -223,7 +223,7 @@ def hold_out(rows: list[Row], others: list[Row], args) -> tuple[list[Row], list[
 def make_batches(rows: list[Row], args) -> list[list[Row]]:
     """All batches of the run; each epoch has its order and drops a ragged last batch."""
     if len({row.desirable for row in rows}) < 2:
-        raise BadInput("all rows have the same label, but KTO needs both")
+        raise BadInput("all rows have the same label")
     loader = DataLoader(rows, args.batch_size, shuffle=True, drop_last=True, collate_fn=list,
                         generator=torch.Generator().manual_seed(args.seed))
     epochs = math.ceil(args.steps / len(loader)) if args.steps else args.epochs
@@ -357,7 +357,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--gamma_R", type=positive, default=0.01, help="B_R ~ Beta(gamma_R, 1)")
     add("--sync_every", type=count, default=1, help="k: updates between syncs; 0: never")
     add("--plain", action="store_true", help="no clipping, no syncing")
-    add("--beta", type=positive, default=0.1, help="of the value (*)")
+    add("--beta", type=positive, default=0.1, help="of the value")
     add("--desirable_weight", type=positive, default=1.0, help="λ_D (*)")
     add("--undesirable_weight", type=positive, default=1.0, help="λ_U")
     add = parser.add_argument_group("rollouts; --data then holds prompts").add_argument

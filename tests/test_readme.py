@@ -11,8 +11,7 @@ from conftest import ROOT, SCRIPTS, make_rows, write_jsonl
 
 TEXT = (ROOT / "README.md").read_text()
 COMMANDS = re.findall(r"^    \.venv/bin/python (humanline_(\w+)\.py) (.*?)(?: +#.*)?$", TEXT, re.M)
-ROWS = re.findall(r"^    (\{.*\})$", TEXT, re.M)
-TABLE = re.findall(r"^    (update  .*?) {4,}\S.*\n    (policy  .*?) {4,}\S.*\n((?:    reference.*\n)+)", TEXT, re.M)[0]
+ROWS = re.findall(r"^    (DPO, KTO|KTO|GRPO) +(\{.*\})$", TEXT, re.M)
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
@@ -29,8 +28,8 @@ def test_the_baseline_trains(run):
     assert run(humanline_dpo, flags[0], "--steps", 1)[1]["unclipped"] == 1
 
 
-@pytest.mark.parametrize("line", ROWS)
-def test_the_rows_of_data_train(line, run, tmp_path):
+@pytest.mark.parametrize("methods, line", ROWS)
+def test_the_rows_of_data_train(methods, line, run, tmp_path):
     """Eight times the row, with other texts; a dialogue's rejected side is left to the reader."""
     rows = []
     for i in range(8):
@@ -44,8 +43,7 @@ def test_the_rows_of_data_train(line, run, tmp_path):
             rows.append(row | {"completion": "z", "reward": 0.0})
         if "label" in row:  # KTO needs both
             rows.append(row | {"completion": "z", "label": False})
-    kinds = ["dpo", "kto"] if "rejected" in line else ["kto"] if "label" in line else ["grpo"]
-    for kind in kinds:
+    for kind in methods.lower().split(", "):
         run(SCRIPTS[kind], "--data", write_jsonl(tmp_path / "rows.jsonl", rows), "--steps", 1, "--batch_size", 4,
             "--eval_size", 0, "--overwrite")  # fmt: skip
 
@@ -87,8 +85,7 @@ def test_the_table_says_which_reference_an_update_meets(k, run, monkeypatch):
     monkeypatch.setattr(humanline_dpo, "next_window", window_and_tell)
     monkeypatch.setattr(humanline_dpo, "accumulate_gradient", accumulate_and_tell)
     run(humanline_dpo, "--steps", 5, "--sync_every", k, "--eval_size", 0)
-    (line,) = [x for x in TABLE[2].splitlines() if f"k = {k} " in x]
-    numbers = line.partition(f"k = {k}")[2].split("     ")[0].split()
+    numbers = re.search(rf"^    reference, k = {k}  ((?:\d ? ?)+)", TEXT, re.M)[1].split()
     assert [int(x) for x in numbers] == references
     for name in SCRIPTS:  # and their docstrings say the same
         assert f"    reference, k = {k}  {'  '.join(numbers)}" in (ROOT / f"humanline_{name}.py").read_text()

@@ -330,7 +330,8 @@ def grid(jobs: int) -> None:
     cells = climb({cell: start_of(cell) for cell in CELLS}, STAGES, jobs)
     save(RESULTS, "grid", {"command": "./run.sh reproduce --grid", "seeds": GRID_SEEDS, "cells": cells})
     starts = {cell: choice(*cell[:4], BETA) | {"beta": cell[4]} for cell in SWEPT}
-    cells += climb(starts, ("lr",), jobs)
+    starts |= {cell: start_of(cell) for cell in SWEPT if cell[3] == "humanline"}  # another β, another k
+    cells += climb(starts, STAGES[:3], jobs)
     for entry in cells:
         print(*entry["cell"], entry["chosen"], *(f"({name} at its end)" for name in entry["at the ladder's end"]))
     minutes = core_minutes(do([], jobs).values(), GRID_SEEDS)
