@@ -6,6 +6,7 @@ import shlex
 
 import pytest
 import torch
+from transformers import AutoConfig
 
 import common
 import memory
@@ -75,6 +76,12 @@ def test_what_autograd_saves_on_one_layer_is_most_of_a_tokens_bytes(tiny, traced
     # Beyond the layers: final norm, head's input and the last layer's gradients, ten float32 states at most.
     beyond = (y1 - y0) / (x1 - x0) - 6 * one_layer
     assert 0 <= beyond <= 10 * 4 * TINY[2]
+
+
+def test_a_model_whose_layers_differ_is_refused():
+    config = AutoConfig.for_model("gemma2", num_hidden_layers=4)
+    with pytest.raises(SystemExit, match="not alike: .'full_attention', 'sliding_attention'"):
+        memory.all_layers(config, False, None)
 
 
 # --- the committed numbers ----------------------------------------------------------------------------

@@ -191,6 +191,9 @@ def test_the_floor_by_hand():
     weights = body + 2 * 4 * 10
     assert bench.floor([row], Config, rate=1.0, bandwidth=1e30) == pytest.approx(4 * forward)
     assert bench.floor([row], Config, rate=1e30, bandwidth=2.0) == pytest.approx(14 * weights)
+    pair = humanline_dpo.Row([common.Example([1] * 5, 3)] * 2)  # the second shares the prompt
+    shared = 2 * body * 2 + 2 * 4 * 10 * 2 + 2 * (5**2 - 3**2) * 4
+    assert bench.floor([pair], Config, rate=1.0, bandwidth=1e30) == pytest.approx(4 * (forward + shared))
 
 
 def test_padding_by_hand():

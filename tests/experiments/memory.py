@@ -20,7 +20,7 @@ and writing the last token of the longest responses, with the float32 cache of k
 What CUDA does otherwise. Its flash attention saves what the CPU's does (bf16 Q, K, V and output, a float32 per head)
 and under a mask its memory-efficient kernel saves the bf16 mask of each layer, as here; backward kernels' own work
 space is not seen, but it is needed when the peak is over. Its logits are made in float32 and not rounded first: half a
-chunk less than here. The allocator's rounding and fragmentation, cuBLAS's work space and the CUDA context are not seen:
+chunk less than here. A reward model on the GPU is not counted. The allocator's rounding and fragmentation, cuBLAS's work space and the CUDA context are not seen:
 leave a tenth of the card free for them. Nothing here has been compared with a GPU yet.
 """
 
@@ -32,6 +32,7 @@ import platform
 import sys
 import weakref
 from pathlib import Path
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULT = ROOT / "tests/experiments/results/memory.json"
@@ -136,14 +137,16 @@ def sampling_bytes(model, batch: int, prompt: int, response: int) -> tuple[int, 
                     use_cache=True, logits_to_keep=1)
         torch.multinomial(out.logits[:, -1].float().div(0.7).softmax(-1), 1)
 
+    vocabulary = model.config.get_text_config().vocab_size
     peaks = []
     for past, length in ((0, prompt), (prompt + response - 1, 1)):
         cache = DynamicCache(config=model.config)
         known = [x for weight in model.parameters() for x in (weight, weight.grad)]
         with torch.autocast("cpu", torch.bfloat16), Live(known) as live:
             if past:  # grow the cache by a forward pass that does not count
-                step(past, 0, cache)
+                step(length=past, past=0, cache=cache)
                 live.peak = live.now
+                held = torch.zeros(3, batch, vocabulary)  # generate's logits, scores and chances of the step before
             step(length, past, cache)
         peaks.append(live.peak)
     return *peaks, sum(x.nbytes for layer in cache.layers for x in (layer.keys, layer.values))
@@ -160,7 +163,9 @@ def with_layers(config, layers: int):
 
 def all_layers(config, checkpointed: bool, trace) -> list[int]:
     """What trace(model) gives for the whole model, from models of two and of three layers."""
-    layers = config.get_text_config().num_hidden_layers
+    layers, kinds = config.get_text_config().num_hidden_layers, getattr(config.get_text_config(), "layer_types", None)
+    if len(set(kinds or [])) > 1:
+        sys.exit(f"error: the layers of this model are not alike: {sorted(set(kinds))}")
     two, three = (trace(make_model(with_layers(config, n), checkpointed)) for n in (2, 3))
     return [a + (layers - 2) * (b - a) for a, b in zip(two, three)]
 
@@ -170,10 +175,10 @@ def measure(config) -> dict:
     with torch.device("meta"):
         parameters = sum(weight.numel() for weight in AutoModelForCausalLM.from_config(config).parameters())
     row, states, length = {"parameters": parameters}, 16 * parameters, 2 * config.get_text_config().hidden_size
-    kept = masking_utils.find_packed_sequence_indices, dict(common.CHUNK_BYTES)
-    masking_utils.find_packed_sequence_indices = lambda _: None  # reads data: are there several texts in a row? No
-    common.CHUNK_BYTES["cpu"] = common.CHUNK_BYTES["cuda"]
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    # This one reads data, to see whether there are several texts in a row. There are not.
+    no_data = mock.patch.object(masking_utils, "find_packed_sequence_indices", lambda _: None)
+    as_on_cuda = mock.patch.dict(common.CHUNK_BYTES, cpu=common.CHUNK_BYTES["cuda"])
+    with no_data, as_on_cuda, FakeTensorMode(allow_non_fake_inputs=True):
         for mode, checkpointed in MODES.items():
             row[mode] = {layout: [
                 [rows * length, states + max(all_layers(config, checkpointed, lambda model: update_bytes(
@@ -182,8 +187,6 @@ def measure(config) -> dict:
                    for batch in (16, 128)}
     row["sampling"] = [[batch, states + max(peaks)] for batch, (*peaks, _) in sampled.items()]
     row["cache bytes a token"] = sampled[16][-1] // (16 * (PROMPT + RESPONSE))
-    masking_utils.find_packed_sequence_indices = kept[0]
-    common.CHUNK_BYTES.update(kept[1])
     return row
 
 
