@@ -37,7 +37,8 @@ def test_every_run_is_a_command_that_its_script_takes(tmp_path):
 
 
 def test_no_seed_of_the_grid_is_reported():
-    assert not set(reproduce.SEEDS) & set(reproduce.GRID_SEEDS)
+    assert not set(reproduce.SEEDS) & {*reproduce.GRID_SEEDS, *reproduce.MORE_SEEDS}
+    assert not set(reproduce.GRID_SEEDS) & set(reproduce.MORE_SEEDS)
     assert len(reproduce.SEEDS) == 5 and len(reproduce.GRID_SEEDS) >= 3
 
 
@@ -99,6 +100,17 @@ def test_the_grid_climbs_to_a_peak_inside_and_prefers_the_steady(monkeypatch):
     assert (entry["chosen"]["lr"], entry["chosen"]["sync_every"]) == ("4e-3", "4")
     assert entry["at the ladder's end"] == [] and {run.seed for run in calls} == set(reproduce.GRID_SEEDS)
     assert any(x["lr"] == "8e-3" for x in entry["tried"])
+
+
+def test_more_seeds_find_out_a_setting_that_loses_some(monkeypatch):
+    """lr 1 is the best on the grid's seeds and loses seed 14; lr 4 is not among the best three."""
+    more = {"1": {13: 0.9, 14: 0.1, 15: 0.9}, "2": {13: 0.8, 14: 0.8, 15: 0.8}, "3": {13: 0.7, 14: 0.7, 15: 0.7}}
+    monkeypatch.setattr(reproduce, "do", lambda runs, jobs: {
+        run.key: {"score": more[dict(run.flags)["lr"]][run.seed]} for run in runs})
+    tried = [{"lr": lr, "scores": [score] * 3} for lr, score in (("4", 0.5), ("2", 0.8), ("1", 0.9), ("3", 0.7))]
+    entry = {"cell": ("letters", "dpo", "offline", "plain", "3"), "chosen": {"lr": "1"}, "tried": tried}
+    reproduce.confirm([entry], 1)
+    assert entry["chosen"] == {"lr": "2"} and [len(x["scores"]) for x in tried] == [3, 6, 6, 6]
 
 
 def test_a_broken_reproduction_goes_on_where_it_stopped(monkeypatch, tmp_path):
