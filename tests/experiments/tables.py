@@ -50,11 +50,30 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
 
 
 def first_table() -> str:
-    """Three rows: offline, + humanline, online."""
-    rows = load("main")["rows"]
+    """Three rows: offline, + humanline, online; and what humanline adds, with its verdict."""
+    table = load("main")
+    rows = table["rows"]
+    added = [table["differences"][f"{m} offline humanline − {m} offline plain"] for m in METHODS]
     cells = {"offline": "offline plain", "offline + humanline": "offline humanline", "online": "online plain"}
     return markdown(["letters, win rate", *NAMES.values()],
-                    [[name, *(score(rows[f"{method} {cell}"]) for method in METHODS)] for name, cell in cells.items()])
+                    [[name, *(score(rows[f"{method} {cell}"]) for method in METHODS)] for name, cell in cells.items()]
+                    + [["what humanline adds", *(f"{signed(x['difference'])}: {x['verdict']}" for x in added)]])
+
+
+def beta_bullet() -> str:
+    """What the sweep says to somebody who chooses β."""
+    found, says = load("beta_sweep")["differences"], []
+    for method in ("dpo", "kto"):
+        by = {"above 0": "adds to plain {}", "below 0": "takes from it", "holds 0": "shows no difference"}
+        parts = []
+        for verdict, words in by.items():
+            betas = [b for b in BETAS if found[f"{method} β = {b} humanline − {method} β = {b} plain"]["verdict"] == verdict]
+            if betas:
+                parts.append(f"{words.format(NAMES[method])} at β = {', '.join(betas)}")
+        says.append(f"for {NAMES[method]} humanline {', '.join(parts)}")
+    return (f"* **β.** Over the toy's β sweep {'; '.join(says)}. A fixed reference saturates where β times the response's length "
+            "is large (the paper's is about 30), and there syncing can help; where it is small, a synced policy has "
+            "little that holds it, so compare with `--plain`.")
 
 
 def memory_table() -> str:
@@ -159,11 +178,14 @@ def beta_table() -> str:
 
 
 def seeds_table(name: str) -> str:
-    """Every row of a table with its seeds."""
-    table = load(name)
-    rows = [[label, score(row), ", ".join(number(x) for x in row["values"]), number(row["unclipped"]), row["flags"]["lr"]]
-            for label, row in table["rows"].items()]
-    return markdown(["", table["measured"], f"seeds {', '.join(map(str, table['seeds']))}", "unclipped", "lr"], rows)
+    """Every row of a table with its seeds; lost are those that the initial policy beats (utility makes a win rate)."""
+    table, rows = load(name), []
+    for label, row in table["rows"].items():
+        lost = [str(seed) for seed, x in zip(table["seeds"], row["values"]) if "utility" in row and x < 0.5]
+        rows.append([label, score(row), ", ".join(map(number, row["values"])), ", ".join(lost) or "none",
+                     number(row["unclipped"]), row["flags"]["lr"]])
+    seeds = ", ".join(map(str, table["seeds"]))
+    return markdown(["", table["measured"], f"seeds {seeds}", "seeds lost", "unclipped", "lr"], rows)
 
 
 def k_table() -> str:
@@ -248,7 +270,7 @@ Where it holds 0, no difference is shown; that is no proof that there is none.""
     ("Main table", ("main", "verifiable"), "", matched),
     ("β", ("beta_sweep",), "![win rate over β](../figures/beta_sweep.png)", beta_table),
     ("Ablation", ("ablation",), """All variants of a block have the flags that the grid chose for humanline; "larger rate" is the next learning rate of
-the grid's ladder.""", lambda: seeds_table("ablation")),
+the grid's ladder. A seed is lost if the initial policy wins more often than the trained one.""", lambda: seeds_table("ablation")),
     ("Where clipping might add to syncing", ("clipping",), "", lambda: seeds_table("clipping")),
     ("Rollouts every 64 updates", ("every_64", "k_sweep"), "", rollouts),
     ("Data near the policy, and far from it", ("data_quality",), """Quarters of the offline data by the initial policy's mean log-prob of a token, and data of another policy, which writes
@@ -279,7 +301,7 @@ Training took {main["core-minutes of training"]} core-minutes for the runs of th
     return "\n\n".join(parts) + "\n"
 
 
-TABLES = {"first": first_table, "memory": memory_table, "bench": bench_table}
+TABLES = {"first": first_table, "beta": beta_bullet, "memory": memory_table, "bench": bench_table}
 
 
 def fill(text: str) -> str:
