@@ -181,8 +181,8 @@ def seeds_table(name: str) -> str:
     """Every row of a table with its seeds; lost are those that the initial policy beats (utility makes a win rate)."""
     table, rows = load(name), []
     for label, row in table["rows"].items():
-        lost = [str(seed) for seed, x in zip(table["seeds"], row["values"]) if "utility" in row and x < 0.5]
-        rows.append([label, score(row), ", ".join(map(number, row["values"])), ", ".join(lost) or "none",
+        lost = ", ".join(str(seed) for seed, x in zip(table["seeds"], row["values"]) if x < 0.5) or "none"
+        rows.append([label, score(row), ", ".join(map(number, row["values"])), lost if "utility" in row else "",
                      number(row["unclipped"]), row["flags"]["lr"]])
     seeds = ", ".join(map(str, table["seeds"]))
     return markdown(["", table["measured"], f"seeds {seeds}", "seeds lost", "unclipped", "lr"], rows)
@@ -290,11 +290,11 @@ def results() -> str:
     parts = [f"""# Results
 
 `./run.sh reproduce` makes all of this page from the three scripts, with flags only, and `python
-tests/experiments/tables.py` writes it. Machine: {main["machine"]}. Seeds {main["seeds"]}; a seed changes the initial
+tests/experiments/tables.py` writes it. Machine: {main["machine"]}. Seeds {", ".join(map(str, main["seeds"]))}; a seed changes the initial
 policy, the data, their order and all sampling. Intervals are 95% t-intervals over the seeds.
 
 Training took {main["core-minutes of training"]} core-minutes for the runs of this page and
-{grid["core-minutes of training"]} for the grid, two runs at a time."""]
+{grid["core-minutes of training"]} for the grid, two runs at a time, some of them while the machine did other work."""]
     for title, names, before, make in SECTIONS:
         if all(map(exists, names)):
             parts += [f"## {title}", *filter(None, [before, make()])]
