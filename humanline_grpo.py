@@ -461,7 +461,7 @@ def main(args: argparse.Namespace) -> None:
     folder, k, n = Path(args.output_dir), args.sync_every, args.sample_every
     if folder.exists() and not (args.resume or args.overwrite):
         raise BadInput(f"--output_dir {folder} exists; add --resume or --overwrite")
-    with errors_in(f"--reward {args.reward} is no FILE.py:FUNCTION"):
+    with errors_in(f"--reward takes FILE.py:FUNCTION, not {args.reward}"):
         path, _, function = (args.reward or "").rpartition(":")
         reward = runpy.run_path(path)[function] if n or args.reward else None
     torch.manual_seed(args.seed)
@@ -557,4 +557,4 @@ if __name__ == "__main__":
     except torch.cuda.OutOfMemoryError:
         sys.exit("error: out of memory; lower --micro_tokens or add --activation_checkpointing")
     except KeyboardInterrupt:
-        sys.exit(f"stopped; go on from the checkpoint: python {' '.join(sys.argv)} --resume")
+        sys.exit(f"stopped; go on from any checkpoint: python {' '.join(sys.argv)} --resume")

@@ -223,7 +223,7 @@ def hold_out(rows: list[Row], others: list[Row], args) -> tuple[list[Row], list[
 def make_batches(rows: list[Row], args) -> list[list[Row]]:
     """All batches of the run; each epoch has its order and drops a ragged last batch."""
     if len({row.desirable for row in rows}) < 2:
-        raise BadInput("all rows have the same label")
+        raise BadInput("all rows have one label")
     loader = DataLoader(rows, args.batch_size, shuffle=True, drop_last=True, collate_fn=list,
                         generator=torch.Generator().manual_seed(args.seed))
     epochs = math.ceil(args.steps / len(loader)) if args.steps else args.epochs
@@ -411,7 +411,7 @@ def main(args: argparse.Namespace) -> None:
     folder, k, n = Path(args.output_dir), args.sync_every, args.sample_every
     if folder.exists() and not (args.resume or args.overwrite):
         raise BadInput(f"--output_dir {folder} exists; add --resume or --overwrite")
-    with errors_in(f"--reward {args.reward} is no FILE.py:FUNCTION"):
+    with errors_in(f"--reward takes FILE.py:FUNCTION, not {args.reward}"):
         path, _, function = (args.reward or "").rpartition(":")
         reward = runpy.run_path(path)[function] if n or args.reward else None
     torch.manual_seed(args.seed)
@@ -507,4 +507,4 @@ if __name__ == "__main__":
     except torch.cuda.OutOfMemoryError:
         sys.exit("error: out of memory; lower --micro_tokens or add --activation_checkpointing")
     except KeyboardInterrupt:
-        sys.exit(f"stopped; go on from the checkpoint: python {' '.join(sys.argv)} --resume")
+        sys.exit(f"stopped; go on from any checkpoint: python {' '.join(sys.argv)} --resume")

@@ -221,7 +221,7 @@ def test_from_the_shell(flags, tmp_path):
     error = interrupted.communicate(timeout=60)[1].splitlines()
     assert interrupted.returncode == 1 and "Traceback" not in str(error)
     told, _, command = error[-1].partition(": ")
-    assert told.endswith("stopped; go on from the checkpoint") and len(metrics_of(tmp_path / "run")) < 101
+    assert told.endswith("stopped; go on from any checkpoint") and len(metrics_of(tmp_path / "run")) < 101
     on = start(*shlex.split(command)[1:])
     assert on.wait(60) == 0, on.communicate()
     assert [line["step"] for line in metrics_of(tmp_path / "run")] == list(range(101))

@@ -76,8 +76,8 @@ def test_what_a_flag_may_be(flags):
     ("--model ./nowhere", "--model ./nowhere: "),
     ("--model runs/dpo/final", "--model runs/dpo/final: "),
     ("--model nobody/nothing", "--model nobody/nothing: "),
-    ("--reward nowhere.py:f", "--reward nowhere.py:f is no FILE.py:FUNCTION: "),
-    ("--sample_every 1", "--reward None is no FILE.py:FUNCTION: "),
+    ("--reward nowhere.py:f", "--reward takes FILE.py:FUNCTION, not nowhere.py:f: "),
+    ("--sample_every 1", "--reward takes FILE.py:FUNCTION, not None: "),
     ("--resume", "checkpoint.pt: "),
 ])  # fmt: skip
 def test_what_is_not_there_or_does_not_fit(script, refused, argv, words):
@@ -170,7 +170,7 @@ def test_bad_texts_that_no_json_file_can_hold(policy, prompt, words):
 
 def test_kto_needs_both_classes(refused, tmp_path):
     rows = [dict(row, label=1) for row in make_rows("kto", 48)]
-    refused(kto, "all rows have the same label", "--data", write_jsonl(tmp_path / "rows.jsonl", rows))
+    refused(kto, "all rows have one label", "--data", write_jsonl(tmp_path / "rows.jsonl", rows))
 
 
 def test_kto_needs_two_prompts_in_a_batch(refused, tmp_path):

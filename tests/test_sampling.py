@@ -346,7 +346,7 @@ def test_evaluation_by_rewards(script, run, policy, tmp_path):
 
 @pytest.mark.parametrize("reward, words", [
     ("raises", "boom"), ("none", "8 for 8 responses, not finite: [0, 1, 2"), ("nan", "not finite: [0, 1"),
-    ("inf", "not finite: [0, 1"), ("few", "1 for 8 responses"), ("missing", "is no FILE.py:FUNCTION: 'missing'"),
+    ("inf", "not finite: [0, 1"), ("few", "1 for 8 responses"), ("missing", ": 'missing'"),
 ])  # fmt: skip
 def test_rewards_that_fail_are_named(online, reward, words):
     with pytest.raises(BadInput) as error:
@@ -368,7 +368,7 @@ def test_rows_whose_answer_the_reward_cannot_read_are_dropped_and_counted(online
 
 
 def test_sampling_needs_a_reward_and_room(run, online, tmp_path):
-    for flags, words in ((), "--reward None is no FILE.py:FUNCTION"), (("--reward", "x.py:f"), "--reward x.py:f is no"):
+    for flags, words in ((), "--reward takes FILE.py:FUNCTION, not None"), (("--reward", "x.py:f"), "FUNCTION, not x.py:f"):
         with pytest.raises(BadInput, match=words):
             run(dpo, "--sample_every", 1, *flags)
     with pytest.raises(BadInput, match="0 rows fill no batch"):

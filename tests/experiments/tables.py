@@ -53,10 +53,15 @@ def first_table() -> str:
     """Three rows: offline, + humanline, online; and what humanline adds, with its verdict."""
     table = load("main")
     rows = table["rows"]
+
+    def cell(row: dict) -> str:
+        lost = sum(x < 0.5 for x in row["values"])
+        return score(row) + (f", {lost} of {len(row['values'])} seeds lost" if lost else "")
+
     added = [table["differences"][f"{m} offline humanline − {m} offline plain"] for m in METHODS]
     cells = {"offline": "offline plain", "offline + humanline": "offline humanline", "online": "online plain"}
     return markdown(["letters, win rate", *NAMES.values()],
-                    [[name, *(score(rows[f"{method} {cell}"]) for method in METHODS)] for name, cell in cells.items()]
+                    [[name, *(cell(rows[f"{method} {which}"]) for method in METHODS)] for name, which in cells.items()]
                     + [["what humanline adds", *(f"{signed(x['difference'])}: {x['verdict']}" for x in added)]])
 
 
