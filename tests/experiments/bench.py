@@ -1,6 +1,6 @@
 """Tokens per second, memory and share of the hardware's floor, against TRL at its best.
 
-    ./run.sh bench                       all of it, on 2 CPU cores about 20 minutes; on CUDA with --device cuda
+    ./run.sh bench                       all of it, on 2 CPU cores about half an hour; on CUDA with --device cuda
     .venv/bin/python tests/experiments/bench.py --only dpo
 
 Each measurement is a process of its own. On a CPU: a Llama with hidden 256, 6 layers and a vocabulary of
