@@ -346,7 +346,7 @@ def test_evaluation_by_rewards(script, run, policy, tmp_path):
 
 @pytest.mark.parametrize("reward, words", [
     ("raises", "boom"), ("none", "8 for 8 responses, not finite: [0, 1, 2"), ("nan", "not finite: [0, 1"),
-    ("inf", "not finite: [0, 1"), ("few", "1 for 8 responses"), ("missing", ": 'missing'"),
+    ("inf", "not finite: [0, 1"), ("few", "1 for 8 responses"), ("missing", ":missing: 'missing'"),
 ])  # fmt: skip
 def test_rewards_that_fail_are_named(online, reward, words):
     with pytest.raises(BadInput) as error:

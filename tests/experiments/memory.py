@@ -1,4 +1,4 @@
-"""GPU memory of an update and of sampling, for any model, without a GPU or its weights.
+"""GPU memory of an update and of sampling, computed from a model's shape, without a GPU or its weights.
 
     ./run.sh memory                                          four models, minutes on a CPU: the README's table
     .venv/bin/python tests/experiments/memory.py --model ID  another one, by its folder or Hub id
@@ -14,14 +14,14 @@ the backward pass and the embedding's gradient each for itself; a test does the 
 An update is traced at three sizes, with rows alone (causal attention without a mask) and with rows of 2 H tokens that
 two responses share (a mask, and K and V repeated for each head: more); all tokens are trained. Bytes are linear in
 tokens, but for small sizes with checkpointing, and there convex, so that interpolating never says too little; beyond
-the largest size the line goes on. Sampling is traced twice: reading the longest prompts,
-and writing the last token of the longest responses, with the float32 cache of keys and values.
+the largest size the line goes on. Sampling is traced twice: reading the longest prompts, and writing the last token of
+the longest responses, with the float32 cache of keys and values. A model whose layers are of several kinds is refused.
 
 What CUDA does otherwise. Its flash attention saves what the CPU's does (bf16 Q, K, V and output, a float32 per head)
 and under a mask its memory-efficient kernel saves the bf16 mask of each layer, as here; backward kernels' own work
 space is not seen, but it is needed when the peak is over. Its logits are made in float32 and not rounded first: half a
-chunk less than here. A reward model on the GPU is not counted. The allocator's rounding and fragmentation, cuBLAS's work space and the CUDA context are not seen:
-leave a tenth of the card free for them. Nothing here has been compared with a GPU yet.
+chunk less than here. A reward model on the GPU is not counted. The allocator's rounding and fragmentation, cuBLAS's
+work space and the CUDA context are not seen: leave a tenth of the card free for them. Nothing here has been compared with a GPU yet.
 """
 
 import argparse
@@ -129,7 +129,7 @@ def update_bytes(model, rows: int, length: int, shared: bool) -> list[int]:
 
 
 @torch.no_grad()
-def sampling_bytes(model, batch: int, prompt: int, response: int) -> tuple[int, int]:
+def sampling_bytes(model, batch: int, prompt: int, response: int) -> tuple[int, int, int]:
     """Peaks of a batch's first and last step of generation beyond weights and gradients; bytes of its cache."""
     def step(length, past, cache):
         mask = torch.ones(batch, past + length, dtype=torch.long)

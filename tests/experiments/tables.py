@@ -69,14 +69,14 @@ def beta_bullet() -> str:
     """What the sweep says to somebody who chooses β."""
     found, says = load("beta_sweep")["differences"], []
     for method in ("dpo", "kto"):
-        by = {"above 0": "adds to plain {}", "below 0": "takes from it", "holds 0": "shows no difference"}
+        by = {"above 0": "the win rate is above plain's", "below 0": "below it", "holds 0": "no difference is shown"}
         parts = []
         for verdict, words in by.items():
             betas = [b for b in BETAS if found[f"{method} β = {b} humanline − {method} β = {b} plain"]["verdict"] == verdict]
             if betas:
-                parts.append(f"{words.format(NAMES[method])} at β = {', '.join(betas)}")
-        says.append(f"for {NAMES[method]} humanline {', '.join(parts)}")
-    return (f"* **β.** Over the toy's β sweep {'; '.join(says)}. A fixed reference saturates where β times the response's length "
+                parts.append(f"{words} at β = {', '.join(betas)}")
+        says.append(f"with {NAMES[method]} {', '.join(parts)}")
+    return (f"* **β.** What humanline adds in the toy's β sweep: {'; '.join(says)}. A fixed reference saturates where β times the response's length "
             "is large (the paper's is about 30), and there syncing can help; where it is small, a synced policy has "
             "little that holds it, so compare with `--plain`.")
 
