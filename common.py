@@ -17,7 +17,7 @@ from transformers import GenerationConfig
 
 # Bytes of float32 logits that exist at once: on a CPU they should fit the cache, on a GPU fill it;
 # and tokens of padding that are cheaper than one more micro-batch. CUDA's numbers are guesses.
-CHUNK_BYTES = {"cpu": 2**25, "cuda": 2**28}
+CHUNK_BYTES = {"cpu": 2**22, "cuda": 2**28}
 MAX_PADDING = {"cpu": 64, "cuda": 512}
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
@@ -175,51 +175,51 @@ def sample_responses(model, tokenizer, prompts: list[list[int]], max_new_tokens:
 
 
 class TokenLogps(torch.autograd.Function):
-    """log softmax(head(hidden))[target] in chunks of rows, whose logits the backward makes again.
-    Matrix products run in the compute dtype (bf16 under autocast), all else in float32."""
+    """log softmax(head(hidden))[target] in blocks of the vocabulary; the backward makes logits
+    again. Products run in the compute dtype (bf16 under autocast), all else in float32."""
 
     @staticmethod
     def forward(ctx, hidden, weight, target, cap):
-        on, ctx.cap, logp, lse = hidden.device.type, cap, [], []
+        on, ctx.cap, lse = hidden.device.type, cap, []
         ctx.dtype = torch.get_autocast_dtype(on) if torch.is_autocast_enabled(on) else weight.dtype
-        ctx.rows = max(1, CHUNK_BYTES[on] // (4 * len(weight)))
-        w = weight.to(ctx.dtype)
-        for h, y in zip(hidden.split(ctx.rows), target.split(ctx.rows)):
-            logits = head_logits(h.to(ctx.dtype), w, cap)  # (rows, V)
-            chosen, top = logits.gather(-1, y[:, None]), logits.amax(-1, keepdim=True)  # (rows, 1)
-            lse.append(logits.sub_(top).exp_().sum(-1, keepdim=True).log_().add_(top))
-            logp.append(chosen - lse[-1])
-        ctx.save_for_backward(hidden, weight, target, torch.cat(lse))
-        return torch.cat(logp).squeeze(-1)  # (N,) float32
+        ctx.size = CHUNK_BYTES[on] // (4 * len(target)) // 64 * 64 + 64  # aligned, so faster
+        h = hidden.to(ctx.dtype)
+        for w in weight.split(ctx.size):
+            logits = head_logits(w.to(ctx.dtype), h, cap)  # (size, N)
+            top = logits.amax(0)  # (N,)
+            lse.append(logits.sub_(top).exp_().sum(0).log_().add_(top))
+        lse = torch.stack(lse).logsumexp(0)  # (N,)
+        chosen = (h.float() * weight[target].to(ctx.dtype)).sum(-1)
+        ctx.save_for_backward(hidden, weight, target, lse)
+        return soft_cap(chosen, cap) - lse  # (N,) float32
 
     @staticmethod
     def backward(ctx, grad):
         hidden, weight, target, lse = ctx.saved_tensors
-        w, grad_hidden = weight.to(ctx.dtype), torch.empty_like(hidden)
-        grad_weight = torch.zeros_like(weight)
-        for i in range(0, len(target), ctx.rows):
-            part = slice(i, i + ctx.rows)
-            h, g = hidden[part].to(ctx.dtype), -grad[part, None]  # (rows, H), (rows, 1)
-            logits = head_logits(h, w, ctx.cap)  # (rows, V)
-            slope = 1 - (logits / ctx.cap) ** 2 if ctx.cap else None
+        h, scaled = hidden.to(ctx.dtype), (hidden * -grad[:, None]).to(ctx.dtype)  # (N, H)
+        grad_hidden, grad_weight = torch.zeros_like(hidden), torch.empty_like(weight)
+        for i in range(0, len(weight), ctx.size):
+            w = weight[i : i + ctx.size].to(ctx.dtype)  # (size, H)
+            logits = head_logits(w, h, ctx.cap)  # (size, N)
+            slope = 1 - (logits / ctx.cap) ** 2 if ctx.cap else 1
             # d logp / d logits = onehot(target) − softmax(logits). d is its negative; the factor of
-            # a row is applied where that costs H and not V multiplications.
-            d = logits.sub_(lse[part]).exp_()
-            d.scatter_add_(-1, target[part, None], torch.full_like(g, -1.0))
+            # a row, −grad, is applied where that costs H and not V multiplications.
+            d, at = logits.sub_(lse).exp_(), target - i
+            inside = (at >= 0) & (at < len(w))
+            d.scatter_add_(0, at.clamp(0, len(w) - 1)[None], -inside[None].float())
             d = (d.mul_(slope) if ctx.cap else d).to(ctx.dtype)
-            grad_hidden[part] = (d @ w) * g
-            h = (h * g).to(ctx.dtype)
-            if ctx.dtype == grad_weight.dtype:
-                grad_weight.addmm_(d.T, h)  # without a (V, H) in between
-            else:
-                grad_weight += d.T @ h
-        return grad_hidden, grad_weight, None, None
+            grad_hidden += d.T @ w
+            grad_weight[i : i + ctx.size] = d @ scaled
+        return grad_hidden * -grad[:, None], grad_weight, None, None
 
 
-def head_logits(hidden, weight, cap):
-    """(N, H) -> (N, V) float32, on CUDA never rounded to bf16, with Gemma's soft cap."""
+def head_logits(weight, hidden, cap):
+    """(size, H), (N, H) -> (size, N) float32, on CUDA never rounded to bf16; with a cap."""
     options = {"out_dtype": torch.float32} if hidden.is_cuda and hidden.dtype.itemsize < 4 else {}
-    logits = torch.mm(hidden, weight.T, **options).float()
+    return soft_cap(torch.mm(weight, hidden.T, **options).float(), cap)
+
+
+def soft_cap(logits, cap):  # Gemma's
     return logits.div_(cap).tanh_().mul_(cap) if cap else logits
 
 

@@ -14,7 +14,7 @@ from conftest import ROOT, SCRIPTS
 
 TINY = ("qwen2", 512, 128, 344, 6, 4, 2, True)
 RECIPES = {"dpo": 2 * 2048, "kto": 2048, "grpo": 3072}  # tokens that no cut parts: a pair, a response
-CHUNK = 2**18  # 128 tokens: several chunks here too
+CHUNK = 2**18  # several blocks of the vocabulary here too
 
 
 @pytest.fixture(scope="module")
