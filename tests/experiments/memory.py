@@ -20,7 +20,7 @@ the longest responses, with the float32 cache of keys and values. A model whose 
 What CUDA does otherwise. Its flash attention saves what the CPU's does (bf16 Q, K, V and output, a float32 per head)
 and under a mask its memory-efficient kernel saves the bf16 mask of each layer, as here; backward kernels' own work
 space is not seen, but it is needed when the peak is over. Its logits are made in float32 and not rounded first: half a
-chunk less than here. A reward model on the GPU is not counted. The allocator's rounding and fragmentation, cuBLAS's
+block less than here. A reward model on the GPU is not counted. The allocator's rounding and fragmentation, cuBLAS's
 work space and the CUDA context are not seen: leave a tenth of the card free for them. Nothing here has been compared with a GPU yet.
 """
 
