@@ -299,7 +299,9 @@ tests/experiments/tables.py` writes it. Machine: {main["machine"]}. Seeds {", ".
 policy, the data, their order and all sampling. Intervals are 95% t-intervals over the seeds.
 
 Training took {main["core-minutes of training"]} core-minutes for the runs of this page and
-{grid["core-minutes of training"]} for the grid, two runs at a time, some of them while the machine did other work."""]
+{grid["core-minutes of training"]} for the grid, two runs at a time, some of them while the machine did other work. The grid, and the runs on addition
+that are not in the ablation, are older than the blocks in which common.py now computes the logits. These changed the
+logits' last digits, and where seeds are lost, such digits decide which."""]
     for title, names, before, make in SECTIONS:
         if all(map(exists, names)):
             parts += [f"## {title}", *filter(None, [before, make()])]
