@@ -17,7 +17,7 @@ from transformers import GenerationConfig
 
 # Bytes of float32 logits that exist at once: on a CPU they should fit the cache, on a GPU fill it;
 # and tokens of padding that are cheaper than one more micro-batch. CUDA's numbers are guesses.
-CHUNK_BYTES = {"cpu": 2**22, "cuda": 2**28}
+BLOCK_BYTES = {"cpu": 2**22, "cuda": 2**28}
 MAX_PADDING = {"cpu": 64, "cuda": 512}
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
@@ -175,21 +175,21 @@ def sample_responses(model, tokenizer, prompts: list[list[int]], max_new_tokens:
 
 
 class TokenLogps(torch.autograd.Function):
-    """log softmax(head(hidden))[target] in blocks of the vocabulary; the backward makes logits
-    again. Products run in the compute dtype (bf16 under autocast), all else in float32."""
+    """log softmax(head(hidden))[target], one block of the vocabulary at a time. The backward
+    makes its logits again. Products run in the compute dtype (bf16 in autocast), else float32."""
 
     @staticmethod
     def forward(ctx, hidden, weight, target, cap):
         on, ctx.cap, lse = hidden.device.type, cap, []
         ctx.dtype = torch.get_autocast_dtype(on) if torch.is_autocast_enabled(on) else weight.dtype
-        ctx.size = CHUNK_BYTES[on] // (4 * len(target)) // 64 * 64 + 64  # aligned, so faster
+        ctx.size = BLOCK_BYTES[on] // (4 * len(target)) // 64 * 64 + 64  # aligned, so faster
         h = hidden.to(ctx.dtype)
         for w in weight.split(ctx.size):
             logits = head_logits(w.to(ctx.dtype), h, cap)  # (size, N)
             top = logits.amax(0)  # (N,)
             lse.append(logits.sub_(top).exp_().sum(0).log_().add_(top))
         lse = torch.stack(lse).logsumexp(0)  # (N,)
-        chosen = (h.float() * weight[target].to(ctx.dtype)).sum(-1)
+        chosen = (h.float() * weight[target].to(ctx.dtype)).sum(-1)  # (N,) the target's logit
         ctx.save_for_backward(hidden, weight, target, lse)
         return soft_cap(chosen, cap) - lse  # (N,) float32
 
@@ -201,9 +201,9 @@ class TokenLogps(torch.autograd.Function):
         for i in range(0, len(weight), ctx.size):
             w = weight[i : i + ctx.size].to(ctx.dtype)  # (size, H)
             logits = head_logits(w, h, ctx.cap)  # (size, N)
-            slope = 1 - (logits / ctx.cap) ** 2 if ctx.cap else 1
-            # d logp / d logits = onehot(target) − softmax(logits). d is its negative; the factor of
-            # a row, −grad, is applied where that costs H and not V multiplications.
+            slope = 1 - (logits / ctx.cap) ** 2 if ctx.cap else None
+            # d logp / d logits = onehot(target) − softmax(logits). d is its negative; a
+            # token's factor, −grad, is applied where that costs H and not V multiplications.
             d, at = logits.sub_(lse).exp_(), target - i
             inside = (at >= 0) & (at < len(w))
             d.scatter_add_(0, at.clamp(0, len(w) - 1)[None], -inside[None].float())
@@ -214,12 +214,12 @@ class TokenLogps(torch.autograd.Function):
 
 
 def head_logits(weight, hidden, cap):
-    """(size, H), (N, H) -> (size, N) float32, on CUDA never rounded to bf16; with a cap."""
+    """(size, H), (N, H) -> (size, N), capped; float32 that on CUDA was never bf16."""
     options = {"out_dtype": torch.float32} if hidden.is_cuda and hidden.dtype.itemsize < 4 else {}
     return soft_cap(torch.mm(weight, hidden.T, **options).float(), cap)
 
 
-def soft_cap(logits, cap):  # Gemma's
+def soft_cap(logits, cap):  # Gemma's, in place
     return logits.div_(cap).tanh_().mul_(cap) if cap else logits
 
 

@@ -342,7 +342,7 @@ def assert_matches_own_logits(model, examples, temperature=1.0):
 @pytest.fixture
 def small_blocks(monkeypatch):
     """The vocabulary's 97 in a block of 64 and a ragged last one."""
-    monkeypatch.setitem(common.CHUNK_BYTES, "cpu", 1)
+    monkeypatch.setitem(common.BLOCK_BYTES, "cpu", 1)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -365,7 +365,7 @@ def test_temperature(family, small_blocks):
 def test_blocks_do_not_change_the_result(monkeypatch):
     model, results = make_model(vocab_size=300), []
     for size in (64, 128, 320):
-        monkeypatch.setitem(common.CHUNK_BYTES, "cpu", 4 * 33 * (size - 64))  # 33 tokens
+        monkeypatch.setitem(common.BLOCK_BYTES, "cpu", 4 * 33 * (size - 64))  # 33 tokens
         logp, mask = response_logps(model, EXAMPLES)
         results.append([logp.detach(), *gradients(model, logp[mask]).values()])
     torch.testing.assert_close(results[0], results[1], atol=1e-6, rtol=1e-5)

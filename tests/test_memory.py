@@ -14,7 +14,7 @@ from conftest import ROOT, SCRIPTS
 
 TINY = ("qwen2", 512, 128, 344, 6, 4, 2, True)
 RECIPES = {"dpo": 2 * 2048, "kto": 2048, "grpo": 3072}  # tokens that no cut parts: a pair, a response
-CHUNK = 2**18  # several blocks of the vocabulary here too
+BLOCK = 2**18  # several blocks of the vocabulary here too
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,7 @@ def traced():
     """What is traced of a tiny model."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(memory.SHAPES, "tiny", TINY)
-        patch.setitem(common.CHUNK_BYTES, "cuda", CHUNK)
+        patch.setitem(common.BLOCK_BYTES, "cuda", BLOCK)
         for name, value in {"ROWS": (1, 4, 8), "PROMPT": 24, "RESPONSE": 40}.items():
             patch.setattr(memory, name, value)
         return memory.measure(memory.config_of("tiny"))
@@ -32,7 +32,7 @@ def traced():
 def tiny(monkeypatch):
     """Its config, for a model with data."""
     monkeypatch.setitem(memory.SHAPES, "tiny", TINY)
-    monkeypatch.setitem(common.CHUNK_BYTES, "cpu", CHUNK)
+    monkeypatch.setitem(common.BLOCK_BYTES, "cpu", BLOCK)
     return memory.config_of("tiny")
 
 

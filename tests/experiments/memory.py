@@ -21,7 +21,8 @@ What CUDA does otherwise. Its flash attention saves what the CPU's does (bf16 Q,
 and under a mask its memory-efficient kernel saves the bf16 mask of each layer, as here; backward kernels' own work
 space is not seen, but it is needed when the peak is over. Its logits are made in float32 and not rounded first: half a
 block less than here. A reward model on the GPU is not counted. The allocator's rounding and fragmentation, cuBLAS's
-work space and the CUDA context are not seen: leave a tenth of the card free for them. Nothing here has been compared with a GPU yet.
+work space and the CUDA context are not seen: leave a tenth of the card free for them. Nothing here has been compared
+with a GPU yet.
 """
 
 import argparse
@@ -177,7 +178,7 @@ def measure(config) -> dict:
     row, states, length = {"parameters": parameters}, 16 * parameters, 2 * config.get_text_config().hidden_size
     # This one reads data, to see whether there are several texts in a row. There are not.
     no_data = mock.patch.object(masking_utils, "find_packed_sequence_indices", lambda _: None)
-    as_on_cuda = mock.patch.dict(common.CHUNK_BYTES, cpu=common.CHUNK_BYTES["cuda"])
+    as_on_cuda = mock.patch.dict(common.BLOCK_BYTES, cpu=common.BLOCK_BYTES["cuda"])
     with no_data, as_on_cuda, FakeTensorMode(allow_non_fake_inputs=True):
         for mode, checkpointed in MODES.items():
             row[mode] = {layout: [

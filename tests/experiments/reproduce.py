@@ -8,8 +8,8 @@ Runs the three scripts' own main, with flags only, on the toy worlds of toy_worl
                evaluations of six (accuracy swings with the rollouts)
 
 β. What saturates the loss of DPO and KTO is β · Σ log-ratio. The paper has β = 0.1 and responses of
-about 300 tokens, β·T = 30; here a response has 13 tokens, so the main table takes β = 3, β·T = 39. The
-β sweep shows the others.
+about 300 tokens, β·T = 30; here a response has about 13 tokens, so the main table takes β = 3, about
+β·T = 40. The β sweep shows the others.
 
 A seed changes everything: initial policy, data, order, sampling. Every cell has its own learning rate,
 k and gradient-norm bound, found by --grid on seeds that are not reported: it climbs from neighbour to
