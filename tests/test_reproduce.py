@@ -27,6 +27,7 @@ def test_every_run_is_a_command_that_its_script_takes(tmp_path):
         assert (args.humanline, args.sync_every) == (("clip", k) if run.variant == "humanline" else ("off", 0))
         assert (args.seed, args.steps) == (3, 120 if run.world == "letters" else 192)
         assert args.lr_decay and args.beta == float(cell[4])
+        assert args.save_every == (run.source == "online" and run.method != "grpo")  # those that may stop are graded there
         assert f"/{run.world}-3/" in args.data and f"{run.world}_reward" in args.reward
     flags = tuple(reproduce.start_of(("letters", "grpo", "offline", "humanline", "0")).items())
     args = SCRIPTS["grpo"].parse_args(reproduce.Run("letters", "grpo", "offline", "synced only", 0, flags).argv(tmp_path))

@@ -630,8 +630,9 @@ def demo(jobs: int) -> None:
     added = [f"{m.upper()} by {main[f'{m} offline humanline'] - main[f'{m} offline plain']:+.2f}" for m in METHODS]
     found = json.loads((RESULTS / "main.json").read_text())["differences"]
     shown = [f"{m.upper()} {found[f'{m} offline humanline − {m} offline plain']['verdict']}" for m in METHODS]
-    print(f"\nOn this one seed humanline changes the win rate of {', '.join(added)}. Over the five seeds of README.md "
-          f"the difference's interval is: {', '.join(shown)}.\nThe best k here is {max(score['k_sweep'], key=score['k_sweep'].get)[4:]}. "
+    best = max(score["k_sweep"], key=score["k_sweep"].get)
+    print(f"\nOn this one seed humanline changes the win rate of {', '.join(added)}; {best} is the best k.\n"
+          f"Over the five seeds of README.md the interval of this change is: {', '.join(shown)}.\n"
           f"Open {(folder / 'main.png').relative_to(ROOT)} first.")
 
 

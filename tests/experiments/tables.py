@@ -188,7 +188,7 @@ def difference(table: dict, label: str) -> list[float]:
     rows = table["rows"]
     if label == "k = 1":  # a row less the initial policy
         return interval([x - start for x, start in zip(rows[label]["values"], rows[label]["curve"]["greedy"][0])])
-    if label == "seeds lost":  # of each seed the share of four blocks that sampling loses less that clipping loses
+    if label == "seeds lost":  # for each seed: in which share of four blocks sampling loses it, less clipping's share
         four = [name for name in BLOCKS if "dpo" in name or "kto" in name]
         shares = [[sum(map(lost, seed)) / len(four) for seed in zip(*(rows[f"{name}: {which}"]["values"] for name in four))]
                   for which in ("humanline sampling", "humanline")]
@@ -205,7 +205,7 @@ def retuned() -> list[list[str]]:
         beta = "0" if method == "grpo" else reproduce.BETA
         ours, plain = (chosen[world, method, source, variant, beta] for variant in ("humanline", "plain"))
         ratios = [float(ours[name]) / float(plain[name]) for name in ("lr", "max_grad_norm")]
-        word = "within" if all(0.0999 < x < 4.001 for x in ratios) else "**outside**"
+        word = "within" if all(0.1 <= round(x, 6) <= 4 for x in ratios) else "**outside**"
         rows.append([finding, paper, f"{world} {method}", "rate {:.3g}×, norm {:.3g}×".format(*ratios), word])
         finding = paper = ""
     return rows
@@ -234,7 +234,7 @@ def findings_table() -> str:
         rows.append(["Online samples lie nearest to the human curve.", "figure 2", "one toy policy", "no interval", word])
     finding, paper = "Faster than online in wall-clock (ratio).", "over 6×"
     for world, (mean, low, high) in (load("time")["online / offline + humanline"] if exists("time") else {}).items():
-        rows.append([finding, paper, f"GRPO on {world}", f"{mean:.1f}× [{low:.1f}, {high:.1f}]", wall_clock(mean, low, high)])
+        rows.append([finding, paper, f"GRPO on {world}", f"{mean:.2f}× [{low:.2f}, {high:.2f}]", wall_clock(mean, low, high)])
         finding = paper = ""
     return markdown(["finding", "the paper", "here", "difference [95% interval]", "verdict"], rows)
 
@@ -358,7 +358,7 @@ account online samples (the diagonal) lie nearest to the human curve Ω⁺. Mean
 SECTIONS = [  # title, the results that it needs, text before, what makes the rest
     ("Does the paper hold here?", ("main", "verifiable"), """The verdict of a row is computed from the interval of the paired difference: it lies above 0, below 0, or holds 0.
 Where it holds 0, no difference is shown; that is no proof that there is none. One interval of 95% in twenty misses by
-chance. The last rows have rules of their own: a ratio is compared with the paper's.""", findings_table),
+chance. The last rows have rules of their own: ratios are compared with the paper's, distances are only ranked.""", findings_table),
     ("Main table", ("main", "verifiable"), "", matched),
     ("β", ("beta_sweep",), """![win rate over β](../figures/beta_sweep.png)
 
@@ -387,12 +387,13 @@ def results() -> str:
     main, grid = load("main"), load("grid")
     parts = [f"""# Results
 
-`./run.sh reproduce --grid` and then `./run.sh reproduce` make all of this page from the three scripts, with flags only, and `python
-tests/experiments/tables.py` writes it. Machine: {main["machine"]}.
-Seeds {", ".join(map(str, main["seeds"]))}; a seed changes the initial policy, the data, their order and all sampling. Intervals are 95% t-intervals over the seeds.
+`./run.sh reproduce --grid` and then `./run.sh reproduce` make all results of this page from the three scripts, with
+flags only, and `python tests/experiments/tables.py` writes it. Machine: {main["machine"]}.
+Seeds {", ".join(map(str, main["seeds"]))}; a seed changes the initial policy, the data, their order and all sampling.
+Intervals are 95% t-intervals over the seeds.
 
-Training alone, without the worlds, the section on time and the theory, took {main["core-minutes of training"]} core-minutes for the runs of this page and
-{grid["core-minutes of training"]} for the grid, two runs at a time."""]
+Training took {main["core-minutes of training"]} core-minutes for the runs of this page and {grid["core-minutes of training"]} for the grid,
+two runs at a time. Building the worlds, the section on time and the theory are not counted."""]
     for title, names, before, make in SECTIONS:
         if all(map(exists, names)):
             parts += [f"## {title}", *filter(None, [before, make()])]
