@@ -144,7 +144,7 @@ def build_world(world: str, seed: int) -> None:
     folder = folder_of(world, seed)
     toy_world.build(folder, world, seed, **PROMPTS[world])
     if not (folder / "initial.json").exists():
-        if world == "letters":
+        if world == "letters" and seed in SEEDS:  # the grid needs neither
             write_random(folder, seed)
             split_in_quartiles(folder)
         graded = toy_world.grade(folder / "policy", folder, world)
@@ -548,7 +548,7 @@ def summarize(name: str, rows: dict[str, list[Run]], results: dict, command: str
             "score": interval(values[label]),
             "values": [round(x, 4) for x in values[label]],
             "flags": dict(runs[0].flags),
-            "seconds": round(statistics.median(x["seconds"] for x in done), 1),
+            "seconds": [x["seconds"] for x in done],
             "unclipped": round(statistics.fmean(x["unclipped"] for x in done), 4),
             "stopped": {run.seed: x["stopped"] for run, x in zip(runs, done) if x["stopped"] is not None},
             "curve": {"updates": [at[0][0] for at in curves],
@@ -573,29 +573,10 @@ def show(name: str, table: dict) -> None:
     for label, row in table["rows"].items():
         mean, low, high = row["score"]
         flags = " ".join(f"{key} {value}" for key, value in row["flags"].items())
-        print(f"  {label:48s}{mean:.3f} [{low:.3f}, {high:.3f}]  {row['seconds']:5.1f} s  {flags}")
+        print(f"  {label:48s}{mean:.3f} [{low:.3f}, {high:.3f}]  {statistics.median(row['seconds']):5.1f} s  {flags}")
     for label, found in table["differences"].items():
         mean, low, high = found["difference"]
         print(f"  {label:78s}{mean:+.3f} [{low:+.3f}, {high:+.3f}]  {found['verdict']}")
-
-
-def measure_time(seeds) -> dict:
-    """Seconds of training and sampling of the same number of updates, one run at a time."""
-    rows, out = {}, ROOT / "runs/reproduce/now/time"
-    torch.set_num_threads(1)
-    for world in WORLDS:
-        for source, variant in (("online", "plain"), ("offline", "humanline")):
-            rows[f"{world} {source} {variant}"] = seconds = []
-            for run in tqdm(over_seeds(seeds, world, "grpo", source, variant), f"time: {world} {source}", leave=False):
-                with open(os.devnull, "w") as file:
-                    with contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
-                        build_world(run.world, run.seed)
-                        seconds.append(train(run, out)["seconds"])
-    ratios = {world: interval([a / b for a, b in zip(rows[f"{world} online plain"],
-                                                     rows[f"{world} offline humanline"])])
-              for world in WORLDS}
-    return {"command": "./run.sh reproduce", "seeds": seeds, "measured": "seconds of training and sampling, "
-            "one run at a time, one thread", "rows": rows, "online / offline + humanline": ratios}
 
 
 # --- the demo ---------------------------------------------------------------------------------------
@@ -743,14 +724,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--grid", action="store_true", help="choose each cell's flags, on other seeds")
     parser.add_argument("--quick", action="store_true", help="the demo: one seed, a slice, minutes")
-    parser.add_argument("--only", nargs="*", choices=[*EXPERIMENTS, "time", "theory"], help="some experiments")
+    parser.add_argument("--only", nargs="*", choices=[*EXPERIMENTS, "theory"], help="some experiments")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
     args = parser.parse_args()
     if args.grid:
         return grid(args.jobs)
     if args.quick:
         return demo(args.jobs)
-    names = args.only if args.only is not None else [*EXPERIMENTS, "time", "theory"]
+    names = args.only if args.only is not None else [*EXPERIMENTS, "theory"]
     rows = {name: EXPERIMENTS[name][0](SEEDS) for name in names if name in EXPERIMENTS}
     results = do([run for many in rows.values() for some in many.values() for run in some], args.jobs)
     tables = {name: summarize(name, some, results, "./run.sh reproduce") for name, some in rows.items()}
@@ -765,10 +746,6 @@ def main() -> None:
         save(RESULTS, name, table)
     if "theory" in names:
         subprocess.run([sys.executable, HERE / "theory.py"], check=True, stdout=subprocess.DEVNULL)
-    if "time" in names:
-        table = measure_time(SEEDS)
-        save(RESULTS, "time", table)
-        print("\ntime:", *table["rows"].items(), table["online / offline + humanline"], sep="\n  ")
     for name, draw in (("main", draw_main), ("beta_sweep", draw_beta), ("every_64", draw_every_64)):
         if name in tables:
             draw(tables[name], FIGURES)
