@@ -627,7 +627,7 @@ def demo(jobs: int) -> None:
     gone = [f"{m.upper()} {sum(map(lost, found['rows'][f'{m} online plain']['values']))}" for m in METHODS]
     swept = json.loads((RESULTS / "k_sweep.json").read_text())["differences"]["k = 16 − k = 1"]["verdict"]
     print(f"\nThis is seed {seed}, which of the five in README.md lies nearest to their means.\n"
-          f"Humanline changes its win rate of {', '.join(added)}.\n"
+          f"Humanline changes the win rate: {', '.join(added)}.\n"
           f"Over the five seeds the interval of this change is: {', '.join(shown)}; of k = 16 less k = 1: {swept}.\n"
           f"Seeds of the five that online training loses: {', '.join(gone)}.\n"
           f"Open {(folder / 'main.png').relative_to(ROOT)} first.")
