@@ -298,6 +298,30 @@ def test_findings_that_are_no_difference_of_two_cells():
     assert words == ["holds", "faster, but less", "not shown", "not shown", "**the reverse**"]
 
 
+def test_the_sentences_say_what_the_verdicts_say(monkeypatch):
+    """DPO is above plain at β = 3 and below at 0.1; KTO shows nothing. One comparison of twelve is above 0, one exactly 0."""
+    def found(x):
+        return {"difference": [x, x, x], "verdict": reproduce.verdict([x, x, x])}
+
+    sweep = {f"{m} β = {b} humanline − {m} β = {b} plain": found(0) for m in ("dpo", "kto") for b in reproduce.BETAS}
+    sweep |= {f"{m} β = 3 humanline − {m} β = 0.1 plain": found(-0.25) for m in ("dpo", "kto")}
+    sweep |= {"dpo β = 3 humanline − dpo β = 3 plain": found(1), "dpo β = 0.1 humanline − dpo β = 0.1 plain": found(-1)}
+    rows = {f"{name}: {variant}": {"values": [0.4, 0.9] if variant == "clipped only" else [0.9, 0.9]}
+            for name in reproduce.BLOCKS for variant in reproduce.VARIANTS}
+    parts = {f"{name}: humanline − {name}: synced only": found(0.5 if i == 0 else -0.5) for i, name in enumerate(reproduce.BLOCKS)}
+    more = {f"{m}, {x}: humanline − {m}, {x}: synced only": found(-0.5) for m in ("dpo", "kto") for x in reproduce.SETTINGS}
+    more["kto, k = 64: humanline − kto, k = 64: synced only"] = found(0)
+    monkeypatch.setattr(tables, "load", lambda name: {"rows": rows, "differences": {
+        "beta_sweep": sweep, "ablation": parts, "clipping": more}[name]})
+    assert tables.beta_sentences().startswith(
+        "In the toy's β sweep humanline's win rate is above plain's at β = 3 (DPO); below plain's at β = 0.1 (DPO); "
+        "not shown to differ from plain's at β = 0.3, 1 (DPO) and 0.1, 0.3, 1, 3 (KTO). Humanline at β = 3 less plain at "
+        "β = 0.1: DPO −0.25 [−0.25, −0.25]: below 0, KTO −0.25")
+    words = tables.clipping_sentence()
+    assert "above 0 in 1 of 12 " in words and "below 0 in 10, and its interval holds 0 in 1, in 1 of them" in words
+    assert words.endswith("8 runs of DPO and KTO: plain 0, humanline 0, synced only 0, clipped only 4, humanline sampling 0.")
+
+
 def test_no_rounding_hides_a_sign():
     assert [tables.number(x, sign=True) for x in (-0.004, 0.125, 0.0003, 0.0)] == ["−0.004", "+0.12", "+0.0003", "0.00"]
     assert tables.number(0.5) == "0.50"
