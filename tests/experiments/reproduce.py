@@ -21,8 +21,8 @@ shaped these rules, so others are reported.
 
 Finished runs are lines of runs/reproduce/runs.jsonl: a broken reproduction goes on where it stopped. Tables
 go to results/*.json and figures to figures/ (--quick: to runs/quick, with one seed). An online run of DPO or
-KTO stops where 20 times the prompts that it needs have too few groups with unequal rewards; it is graded at
-its last checkpoint, of every update. Intervals are 95% t-intervals over seeds, of paired differences where
+KTO stops when 20 prompts for each pair or label of an update have not given enough of them, since rewards are
+equal within groups; the policy after its last whole update is graded. Intervals are 95% t-intervals over seeds, of paired differences where
 two cells are compared. No offline run makes more than one pass over its data, but for those called "4 epochs";
 online runs draw prompts in turn, and DPO and KTO draw more where rewards are equal, so that they may come round.
 """
@@ -474,7 +474,7 @@ def clipping(seeds) -> dict[str, list[Run]]:
 
 
 def windows(seeds) -> dict[str, list[Run]]:
-    """The paper's k for DPO and KTO, 1, and the k that loses nothing, 4."""
+    """The paper's k for DPO and KTO, 1, and 4, which by the paper loses nothing."""
     return {f"{method} k = {k}": over_seeds(seeds, "letters", method, "offline", "humanline", flags={"sync_every": k})
             for method in ("dpo", "kto") for k in ("1", "4")}
 

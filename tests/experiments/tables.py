@@ -97,14 +97,15 @@ def clipping_sentence() -> str:
     gone = {which: [lost(x) for name in LOSING for x in rows[f"{name}: {which}"]["values"]] for which in reproduce.VARIANTS}
     return f"""What clipping adds to syncing is above 0 in {verdicts.count("above 0")} of {len(found)} comparisons \
 (the ablation, larger rates, k = 64, 4 epochs, data of another policy), below 0 in {verdicts.count("below 0")}, \
-and its interval holds 0 in {verdicts.count("holds 0")}{f", in {same} of them because no token was clipped" if same else ""}. \
-Seeds lost in the ablation's {len(gone["plain"])} runs of DPO and KTO: {", ".join(f"{which} {sum(x)}" for which, x in gone.items())}."""
+and its interval holds 0 in {verdicts.count("holds 0")}{f", in {same} of them with a difference of exactly 0" if same else ""}. \
+Seeds lost by each variant in the ablation's {len(gone["plain"])} runs of DPO and KTO: {", ".join(f"{which} {sum(x)}" for which, x in gone.items())}."""
 
 
 def toy_bullets() -> str:
     quarter = differences("data_quality", ["quartile 1 − quartile 4"])[0]
     return f"""* **The data**: the script prints quartiles of the held-out responses' mean token log-prob. In the paper the \
-quarter that is least likely under the policy trains worse. In the toy its win rate less the likeliest quarter's is {quarter}.
+quarter that is least likely under the policy trains worse. In the toy it gives a win rate that, less the \
+likeliest quarter's, is {quarter}.
 * **β, and clipping.** {beta_sentences()} {clipping_sentence()}"""
 
 
@@ -153,7 +154,7 @@ WORDS = {  # what an interval says of a claim that a difference is above 0, belo
     "<": {"below 0": "holds", "holds 0": "not shown", "above 0": "**the reverse**"},
     "=": {"holds 0": "no difference shown", "above 0": "better", "below 0": "**worse**"},
 }
-LOSING = [name for name in BLOCKS if "dpo" in name or "kto" in name]  # blocks in which seeds are lost
+LOSING = [name for name in BLOCKS if "dpo" in name or "kto" in name]  # DPO and KTO, at both rates
 ALL = [(NAMES[m], "main", m) for m in METHODS] + [("GRPO on addition", "verifiable", "grpo")]
 CLAIMS = [  # the finding, the paper's figure, the claim's direction, (name, table, the difference's label)
     ("Online beats offline.", "1.4× (DPO), 1.3× (KTO), 1.6× (GRPO)", ">",
@@ -343,8 +344,8 @@ the last four of six evaluations). The learning rate falls linearly to 0 in all 
 
 ![win rates](../figures/main.png)
 
-An online run of DPO or KTO stops where 20 times the prompts that it needs have too few groups with unequal rewards.
-It is graded at its last checkpoint, of every update. No offline run makes more than one pass over its data, but for
+An online run of DPO or KTO stops when 20 prompts for each pair or label of an update have not given enough of them,
+since rewards are equal within groups. The policy after its last whole update is graded. No offline run makes more than one pass over its data, but for
 those called "4 epochs". These runs stopped:
 
 {stopped()}"""
