@@ -29,6 +29,7 @@ online runs draw prompts in turn, and DPO and KTO draw more where rewards are eq
 
 import argparse
 import contextlib
+import functools
 import importlib
 import json
 import multiprocessing
@@ -44,6 +45,7 @@ import traceback
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 os.environ |= {"HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
@@ -157,7 +159,8 @@ def train(run: Run, out: Path) -> dict:
     shutil.rmtree(out, ignore_errors=True)
     stopped = None
     try:
-        script.main(script.parse_args(run.argv(out)))
+        with mock.patch.object(script, "encode", encode_once):
+            script.main(script.parse_args(run.argv(out)))
     except common.BadInput as error:
         if "rewards are equal within groups" not in str(error):
             raise
@@ -176,6 +179,17 @@ def train(run: Run, out: Path) -> dict:
     rewards = toy_world.grade(out / "final", run.folder(), run.world)
     initial = json.loads((run.folder() / "initial.json").read_text())
     return result | {"score": win_rate(rewards, initial), "utility": statistics.fmean(rewards)}
+
+
+EXAMPLES = {}  # by text, as tokens
+
+
+def encode_once(tokenizer, *texts) -> common.Example | None:
+    """common.encode, once a process, which reads the same data many times."""
+    key = tokenizer.name_or_path, *texts
+    if key not in EXAMPLES:
+        EXAMPLES[key] = common.encode(tokenizer, *texts)
+    return EXAMPLES[key]
 
 
 def last_checkpoint(run: Run, out: Path):
@@ -248,6 +262,12 @@ def finished(store: Path) -> dict[str, dict]:
     return {json.dumps(result["run"]): result for result in results}
 
 
+@functools.cache
+def workers(jobs: int) -> ProcessPoolExecutor:
+    """Processes that last as long as this one: they have imported torch and encoded data."""
+    return ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"))
+
+
 def do(runs: list[Run], jobs: int) -> dict[str, dict]:
     """The results of all runs by key, those that are missing made, `jobs` at a time."""
     store = ROOT / "runs/reproduce/runs.jsonl"
@@ -256,19 +276,18 @@ def do(runs: list[Run], jobs: int) -> dict[str, dict]:
     todo = [run for run in dict.fromkeys(runs) if run.key not in results]
     worlds = sorted({(run.world, run.seed) for run in todo})
     worlds = [task for task in worlds if not (folder_of(*task) / "initial.json").exists()]
-    if todo:
-        pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"))
-        try:
-            for tasks, title in ((worlds, "toy worlds"), (todo, "training")):
-                futures = [pool.submit(work, task) for task in tasks]
-                for future in tqdm(as_completed(futures), title, len(tasks), smoothing=0, leave=False):
-                    result = future.result()
-                    if result:
-                        with open(store, "a") as file:
-                            file.write(json.dumps(result) + "\n")
-                        results[json.dumps(result["run"])] = result
-        finally:  # after an error nothing more is begun
-            pool.shutdown(cancel_futures=True)
+    try:
+        for tasks, title in ((worlds, "toy worlds"), (todo, "training")):
+            futures = [workers(jobs).submit(work, task) for task in tasks]
+            for future in tqdm(as_completed(futures), title, len(tasks), smoothing=0, leave=False, disable=not tasks):
+                result = future.result()
+                if result:
+                    with open(store, "a") as file:
+                        file.write(json.dumps(result) + "\n")
+                    results[json.dumps(result["run"])] = result
+    except BaseException:  # nothing more is begun
+        workers(jobs).shutdown(cancel_futures=True)
+        raise
     return results
 
 
