@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -177,6 +178,41 @@ def test_the_demo_takes_the_seed_nearest_to_the_means(monkeypatch, tmp_path):
         assert reproduce.typical_seed() == seed
 
 
+def test_the_demo_says_what_its_runs_found(monkeypatch, tmp_path, capsys):
+    """Humanline adds 0.25 to DPO and takes as much from KTO; the committed runs lost one seed of KTO's online training."""
+    shutil.copy(reproduce.RESULTS / "grid.json", tmp_path)
+    scores = {("dpo", "humanline"): 0.75, ("kto", "humanline"): 0.25}
+    monkeypatch.setattr(reproduce, "do", lambda runs, jobs: {run.key: {
+        "score": scores.get((run.method, run.variant), 0.5), "seconds": 1.0, "unclipped": 1.0, "stopped": None,
+        "curve": [[0, 0.1], [192, 0.2]]} for run in runs})
+    found = {f"{m} offline humanline − {m} offline plain": {"verdict": word}
+             for m, word in (("dpo", "above 0"), ("kto", "holds 0"), ("grpo", "below 0"))}
+    online = {f"{m} online plain": {"values": [0.9, 0.5 if m == "kto" else 0.9]} for m in reproduce.METHODS}
+    (tmp_path / "main.json").write_text(json.dumps({"rows": online, "differences": found}))
+    (tmp_path / "k_sweep.json").write_text(json.dumps({"differences": {"k = 16 − k = 1": {"verdict": "above 0"}}}))
+    monkeypatch.setattr(reproduce, "RESULTS", tmp_path)
+    monkeypatch.setattr(reproduce, "ROOT", tmp_path)
+    monkeypatch.setattr(reproduce, "typical_seed", lambda: 8)
+    reproduce.demo(1)
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [line for line in lines if line[:1] in (["DPO"], ["KTO"], ["GRPO"])] == [
+        ["DPO", "0.50", "0.75", "0.50"], ["KTO", "0.50", "0.25", "0.50"], ["GRPO", "0.50", "0.50", "0.50"]]
+    assert ["every", "64", "updates,", "humanline", "0.50"] in lines and "k = 1 k = 4 k = 16 k = 64".split() in lines
+    end = "\n".join(map(" ".join, lines[-5:]))
+    assert "This is seed 8," in end and "the win rate: DPO by +0.25, KTO by -0.25, GRPO by +0.00." in end
+    assert "this change is: DPO above 0, KTO holds 0, GRPO below 0; of k = 16 less k = 1: above 0." in end
+    assert "online training loses: DPO 0, KTO 1, GRPO 0." in end and (tmp_path / "runs/quick/main.png").exists()
+
+
+def test_texts_are_encoded_once_for_each_tokenizer(monkeypatch):
+    calls, one, two = [], SimpleNamespace(name_or_path="one"), SimpleNamespace(name_or_path="two")
+    monkeypatch.setattr(reproduce, "EXAMPLES", {})
+    monkeypatch.setattr(common, "encode", lambda *what: calls.append(what) or common.Example([len(calls)], 1))
+    found = [reproduce.encode_once(*what).ids for what in (
+        (one, "a", "b", 8), (one, "a", "b", 8), (two, "a", "b", 8), (one, "a", "c", 8), (one, "a", "b", 9))]
+    assert found == [[1], [1], [2], [3], [4]]
+
+
 def test_a_run_whose_samples_are_all_alike_is_graded(policy, monkeypatch, tmp_path):
     """A random policy writes no valid string: all rewards are −2 and it stops before any update."""
     monkeypatch.setattr(reproduce, "ROOT", tmp_path)
@@ -320,6 +356,28 @@ def test_the_sentences_say_what_the_verdicts_say(monkeypatch):
     words = tables.clipping_sentence()
     assert "above 0 in 1 of 12 " in words and "below 0 in 10, and its interval holds 0 in 1, in 1 of them" in words
     assert words.endswith("8 runs of DPO and KTO: plain 0, humanline 0, synced only 0, clipped only 4, humanline sampling 0.")
+
+
+def test_a_k_that_is_no_shorter_than_the_run_is_named(monkeypatch):
+    rows = {name: {"flags": flags} for name, flags in (
+        ("a", {"sync_every": "128"}), ("b", {"sync_every": "120"}), ("c", {"sync_every": "64"}), ("d", {}))}
+    monkeypatch.setattr(tables, "load", lambda name: {"rows": rows})
+    assert tables.never_synced().splitlines() == [
+        f"At the k of *{name}*, {k}, a run of 120 updates is never synced: it is clipped only." for name, k in (("a", 128), ("b", 120))]
+
+
+@pytest.mark.parametrize("slope, online, words", [
+    (-0.47, 0.1, ["slope −0.47", "holds", "place 1 of 3; the first at γ = 0.9", "holds"]),
+    (-0.44, 0.25, ["slope −0.44", "**not here**", "place 2 of 3; the first at γ = 0.9", "**not at this γ**"]),
+])
+def test_the_rows_of_the_theory(monkeypatch, slope, online, words):
+    perceived = {name: {"mean_abs_difference": x} for name, x in (("online", online), ("better", 0.2), ("worse", 0.3))}
+    perceived |= {"gamma": 0.6, "nearest at 0.8": {"mean_abs_difference": "better"},
+                  "nearest at 0.9": {"mean_abs_difference": "online"}}
+    monkeypatch.setattr(tables, "load", lambda name: {
+        "theorem_4_3": {tables.DEFAULT_BETAS: {"slope": slope}}, "perceived": perceived,
+        "mean_utility": dict.fromkeys(("online", "better", "worse"), 0)})
+    assert [text for row in tables.theory_rows() for text in row[3:]] == words
 
 
 def test_no_rounding_hides_a_sign():

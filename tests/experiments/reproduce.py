@@ -185,7 +185,7 @@ EXAMPLES = {}  # by text, as tokens
 
 
 def encode_once(tokenizer, *texts) -> common.Example | None:
-    """common.encode, once a process, which reads the same data many times."""
+    """common.encode, of each text once a process: runs share their data."""
     key = tokenizer.name_or_path, *texts
     if key not in EXAMPLES:
         EXAMPLES[key] = common.encode(tokenizer, *texts)
@@ -797,3 +797,4 @@ def tokens_of(folder: Path) -> float:
 
 if __name__ == "__main__":
     main()
+    workers.cache_clear()  # they end now, not while Python takes itself apart
