@@ -1,6 +1,7 @@
 """Which of the paper's findings hold on a laptop: ./run.sh reproduce [--grid | --quick]
 
-Runs the three scripts' own main, with flags only, on the toy worlds of toy_world.py:
+Runs the three scripts' own main, with flags only, on the toy worlds of toy_world.py; runs share their data,
+which a process tokenizes once (encode_once):
 
     letters    unverifiable: a hidden utility; scored as AlpacaEval scores, by the win rate of held-out
                responses against those of the initial policy (½ for a tie; 4 × 4 samples of 256 prompts)
@@ -22,9 +23,10 @@ shaped these rules, so others are reported.
 Finished runs are lines of runs/reproduce/runs.jsonl: a broken reproduction goes on where it stopped. Tables
 go to results/*.json and figures to figures/ (--quick: to runs/quick, with one seed). An online run of DPO or
 KTO stops when 20 prompts for each pair or label of an update have not given enough of them, since rewards are
-equal within groups; the policy after its last whole update is graded. Intervals are 95% t-intervals over seeds, of paired differences where
-two cells are compared. No offline run makes more than one pass over its data, but for those called "4 epochs";
-online runs draw prompts in turn, and DPO and KTO draw more where rewards are equal, so that they may come round.
+equal within groups; the policy after its last whole update is graded.
+Intervals are 95% t-intervals over seeds, of paired differences where two cells are compared. No offline run
+makes more than one pass over its data, but for those called "4 epochs"; online runs draw prompts in turn, and
+DPO and KTO draw more where rewards are equal, so that they may come round.
 """
 
 import argparse

@@ -435,7 +435,8 @@ def results() -> str:
     parts = [f"""# Results
 
 `./run.sh reproduce --grid` and then `./run.sh reproduce` make all results of this page from the three scripts, with
-flags only, and `python tests/experiments/tables.py` writes it. Machine: {main["machine"]}.
+flags only, and `python tests/experiments/tables.py` writes it. Runs share their data, which a process tokenizes once.
+Machine: {main["machine"]}.
 Seeds {", ".join(map(str, main["seeds"]))}; a seed changes the initial policy, the data, their order and all sampling.
 Intervals are 95% t-intervals over the seeds.
 
