@@ -1,7 +1,6 @@
 """Which of the paper's findings hold on a laptop: ./run.sh reproduce [--grid | --quick]
 
-Runs the three scripts' own main, with flags only, on the toy worlds of toy_world.py; runs share their data,
-which a process tokenizes once (encode_once):
+Runs the three scripts' own main, with flags only, on the toy worlds of toy_world.py:
 
     letters    unverifiable: a hidden utility; scored as AlpacaEval scores, by the win rate of held-out
                responses against those of the initial policy (½ for a tie; 4 × 4 samples of 256 prompts)
@@ -20,6 +19,7 @@ learning rate is then taken if a seed is lost at this rate or at the next larger
 The β sweep's cells climb in learning rate and k. The rate falls linearly to 0 in all runs. Seeds 0 to 4
 shaped these rules, so others are reported.
 
+Runs share their data, so a process tokenizes each text once (encode_once).
 Finished runs are lines of runs/reproduce/runs.jsonl: a broken reproduction goes on where it stopped. Tables
 go to results/*.json and figures to figures/ (--quick: to runs/quick, with one seed). An online run of DPO or
 KTO stops when 20 prompts for each pair or label of an update have not given enough of them, since rewards are
@@ -183,14 +183,14 @@ def train(run: Run, out: Path) -> dict:
     return result | {"score": win_rate(rewards, initial), "utility": statistics.fmean(rewards)}
 
 
-EXAMPLES = {}  # by text, as tokens
+EXAMPLES = {}  # by the tokenizer's folder and the other arguments of encode
 
 
-def encode_once(tokenizer, *texts) -> common.Example | None:
-    """common.encode, of each text once a process: runs share their data."""
-    key = tokenizer.name_or_path, *texts
+def encode_once(tokenizer, *arguments) -> common.Example | None:
+    """common.encode, but each text is tokenized once in a process: runs share their data."""
+    key = tokenizer.name_or_path, *arguments
     if key not in EXAMPLES:
-        EXAMPLES[key] = common.encode(tokenizer, *texts)
+        EXAMPLES[key] = common.encode(tokenizer, *arguments)
     return EXAMPLES[key]
 
 
