@@ -143,6 +143,17 @@ def encode(tokenizer, prompt: str | list[dict] | None, response: str | list[dict
     return example if len(prompt_ids) < max_length else None
 
 
+@contextlib.contextmanager
+def weights_as(model, dtype):
+    """The model with weights of another dtype; afterwards with its own. Takes the memory of both."""
+    weights = {weight: weight.data for weight in model.parameters()}
+    for weight in weights:
+        weight.data = weight.data.to(dtype)
+    yield
+    for weight, data in weights.items():
+        weight.data = data
+
+
 @torch.no_grad()
 def sample_responses(model, tokenizer, prompts: list[list[int]], max_new_tokens: int,
                      temperature: float, batch_size: int, raw=False) -> tuple[list, list[str]]:
@@ -155,13 +166,16 @@ def sample_responses(model, tokenizer, prompts: list[list[int]], max_new_tokens:
     draws = dict(do_sample=True, temperature=temperature, top_p=1.0, top_k=0) if temperature else {}
     config = GenerationConfig(max_new_tokens=max_new_tokens, repetition_penalty=1.0, **draws,
                               eos_token_id=sorted(stops), pad_token_id=tokenizer.pad_token_id)
+    # On CUDA in bf16. Under autocast keys are float32, and so is the cache: twice as large.
+    dtype = torch.bfloat16 if model.device.type == "cuda" else model.dtype
     kept, training, examples = model.generation_config, model.training, []
     model.generation_config = config  # generate fills what is unset from there: not from π_θ
     model.eval()  # activation checkpointing, which works in training, turns the KV cache off
     for start in tqdm(range(0, len(prompts), batch_size), "sampling", leave=False, delay=2):
         part = prompts[start : start + batch_size]  # padded on the left: all end alike
         inputs = tokenizer.pad({"input_ids": part}, padding_side="left", return_tensors="pt")
-        out = model.generate(**inputs.to(model.device), generation_config=config)
+        with weights_as(model, dtype):
+            out = model.generate(**inputs.to(model.device), generation_config=config)
         for prompt, ids in zip(part, out[:, inputs["input_ids"].shape[1] :].tolist()):
             end = next((t + 1 for t, token in enumerate(ids) if token in stops), len(ids))
             examples.append(Example(prompt + ids[:end], len(prompt)))
@@ -223,97 +237,55 @@ def soft_cap(logits, cap):  # Gemma's, in place
     return logits.div_(cap).tanh_().mul_(cap) if cap else logits
 
 
-def layout(model, examples: list[Example]) -> tuple[list[list[int]], list[int]]:
-    """The examples (indices) of each row [prompt | response | …], and the rows' lengths in tokens.
-    Neighbours with the same prompt share rows of at most model.row_tokens (see check_model)."""
-    rows, lengths, prompt = [], [], None
-    for i, (ids, cut) in enumerate(examples):
-        if ids[:cut] == prompt and lengths[-1] + len(ids) - cut <= model.row_tokens:
-            rows[-1].append(i)
-            lengths[-1] += len(ids) - cut
-        else:
-            rows.append([i])
-            lengths.append(len(ids))
-            prompt = ids[:cut]
-    return rows, lengths
+def micro_batches(units: list[list[Example]], micro_tokens: int, device: str) -> list[list[int]]:
+    """Cut units (indices) into micro-batches of at most micro_tokens tokens, padding included.
 
-
-def micro_batches(model, units: list[list[Example]], micro_tokens: int) -> list[list[int]]:
-    """Cut units (indices), longest first, into micro-batches of at most micro_tokens padded tokens.
-    The examples of a unit stay together; so do neighbours that share a row. What is larger runs
-    alone. A micro-batch also ends where padding would cost more than a new one."""
-    def lengths_of(members):
-        return layout(model, [example for i in sorted(members) for example in units[i]])[1]
-
-    blocks, micros, rows = [], [[]], []  # a block: the units of one row, or one unit
-    for i in range(len(units)):
-        lengths = lengths_of([*blocks[-1], i]) if blocks else []
-        if len(lengths) == 1 and lengths[0] <= micro_tokens:
-            blocks[-1].append(i)
-        else:
-            blocks.append([i])
-    for block in sorted(blocks, key=lambda block: -max(lengths_of(block))):
-        rows += lengths_of(block)  # the lengths of the micro-batch's rows
-        padded = len(rows) * max(rows)
-        full = padded > micro_tokens or padded - sum(rows) > MAX_PADDING[model.device.type]
+    The longest units come first, so that a micro-batch holds examples of about one length. The
+    examples of a unit stay together; a unit that is too large runs alone. A micro-batch also ends
+    where its padding would cost more than another forward (MAX_PADDING)."""
+    micros, lengths = [[]], []  # lengths: of the examples in the last micro-batch
+    for i in sorted(range(len(units)), key=lambda i: -max(len(e.ids) for e in units[i])):
+        own = [len(example.ids) for example in units[i]]
+        lengths += own
+        padded = len(lengths) * max(lengths)
+        full = padded > micro_tokens or padded - sum(lengths) > MAX_PADDING[device]
         if full and micros[-1]:
             micros.append([])
-            rows = lengths_of(block)
-        micros[-1] += block
-    return [sorted(micro) for micro in micros if micro]  # neighbours again
+            lengths = own
+        micros[-1].append(i)
+    return [sorted(micro) for micro in micros if micro]
 
 
 def response_logps(model, examples: list[Example], temperature=1.0) -> tuple[Tensor, Tensor]:
     """Log-probability of every response token, in nats: logp (B, T) float32, 0 on padding, and mask
     (B, T) bool, true on response tokens (from lengths), both on the model's device; t = 0 is the
-    first response token.
-    Rows are padded on the right. A causal model never looks there, so no attention mask is needed
-    but where responses share a row: there they see the prompt and themselves, not one another.
-    """
-    # A row of prompt x and responses a, b:   ids  x x x | a a | b b b   (without their last tokens)
-    #                                    position  0 1 2 | 3 4 | 3 4 5
-    #                                       owner  0 0 0 | 1 1 | 2 2 2
-    rows, packed, before, device = layout(model, examples)[0], [], {}, model.device
-    for r, members in enumerate(rows):
-        ids, cut = examples[members[0]]
-        ids, position, owner = ids[:cut], [*range(cut)], [0] * cut
-        for i in members:
-            inputs = examples[i].ids[cut:-1]  # nothing is predicted from the last token
-            # The one shift: a token is predicted from the state before it, a response's first
-            # token from the prompt's last one, wherever in the row the response stands.
-            before[i] = [(r, t) for t in (cut - 1, *range(len(ids), len(ids) + len(inputs)))]
-            ids += inputs
-            position += range(cut, cut + len(inputs))
-            owner += [i + 1] * len(inputs)
-        packed.append(torch.tensor([ids, position, owner]).T)  # (length, 3)
-    packed = pad_sequence(packed, batch_first=True).to(device, non_blocking=True)  # (rows, L, 3)
-    (ids, position, owner), options = packed.unbind(-1), {}  # (rows, L)
-    if len(rows) < len(examples):
-        seen = (owner[:, None] == 0) | (owner[:, None] == owner[:, :, None])  # (rows, L, L)
-        options = {"attention_mask": seen.tril()[:, None], "position_ids": position}
-    hidden = model.base_model(ids, use_cache=False, **options).last_hidden_state  # (rows, L, H)
+    first response token. Sequences are padded on the right: a causal model never looks there, so
+    no attention mask is needed, and the fastest attention kernels serve."""
+    ids = pad_sequence([torch.tensor(e.ids) for e in examples], batch_first=True)  # (B, L)
+    first, end = torch.tensor([[e.prompt_len, len(e.ids)] for e in examples]).T[..., None]  # (B, 1)
+    place = torch.arange(ids.shape[1])  # (L,)
+    trained = (first <= place) & (place < end)  # (B, L) response tokens
+    target, sizes = ids[trained], trained.sum(1)  # (N,), (B,)
+    mask = torch.arange(sizes.max()) < sizes[:, None]  # (B, T)
+    # The one shift: a token is predicted from the state before it. Found on the CPU: no waiting.
+    states = trained[:, 1:].flatten().nonzero().squeeze(1)  # (N,)
+    inputs, states, target, mask = (
+        x.to(model.device, non_blocking=True) for x in (ids[:, :-1], states, target, mask))
 
-    row, column = torch.tensor([at for i in range(len(examples)) for at in before[i]]).T  # (N,)
-    target = torch.tensor([token for e in examples for token in e.ids[e.prompt_len :]])  # (N,)
-    state, target = (row * ids.shape[1] + column).to(device), target.to(device)
-    hidden = hidden.flatten(0, 1).index_select(0, state).float()  # (N, H): not of prompt tokens
-    config, head = model.config.get_text_config(), model.get_output_embeddings()
+    hidden = model.base_model(inputs, use_cache=False).last_hidden_state  # (B, L, H)
+    hidden = hidden.flatten(0, 1).index_select(0, states).float()  # (N, H): not of prompt tokens
+    config = model.config.get_text_config()
     scale = getattr(config, "logit_scale", None) or 1  # Cohere
     scale = scale / (getattr(config, "logits_scaling", None) or 1) / temperature  # Granite
-    cap = (getattr(config, "final_logit_softcapping", None) or 0) / temperature
-    flat = TokenLogps.apply(hidden * scale, head.weight, target, cap)  # (N,)
-    lengths = [len(before[i]) for i in range(len(examples))]
-    logp = pad_sequence(flat.split(lengths), batch_first=True)  # (B, T)
-    mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]  # (B, T)
-    return logp, mask.to(device, non_blocking=True)
+    cap = (getattr(config, "final_logit_softcapping", None) or 0) / temperature  # Gemma
+    head = model.get_output_embeddings().weight  # (V, H)
+    logp = TokenLogps.apply(hidden * scale, head, target, cap)  # (N,)
+    return pad_sequence(logp.split(sizes.tolist()), batch_first=True), mask
 
 
 @torch.no_grad()
 def check_model(model, tokenizer, max_length: int) -> None:
-    """Refuse a model that these helpers cannot serve. Set model.row_tokens, up to which responses
-    to one prompt share a row: 2 H (in longer ones attention under a mask eats what sharing saves),
-    or 0 if the model does not keep them apart on the longest row that can occur, of random tokens:
-    some families forget their window where they get a mask."""
+    """Refuse a model that these helpers cannot serve."""
     config, size = model.config.get_text_config(), len(model.get_input_embeddings().weight)
     broken = [name for name, weight in model.named_parameters() if not weight.isfinite().all()]
     if tokenizer.eos_token_id is None:
@@ -324,17 +296,12 @@ def check_model(model, tokenizer, max_length: int) -> None:
         raise BadInput(f"{len(tokenizer)} tokens in the tokenizer, but {size} embeddings")
     if max_length > (getattr(config, "max_position_embeddings", None) or max_length):
         raise BadInput(f"--max_length: the context is {config.max_position_embeddings}; lower it")
-    prompt, *responses = torch.randint(size, (3, max_length // 2)).tolist()
-    target = responses[0][:32]
-    pair = [Example(prompt + response, len(prompt)) for response in responses]
-    model.row_tokens = 0
-    apart, _ = response_logps(model, pair)  # (2, T)
-    ids = torch.tensor([prompt + target], device=model.device)
-    logits = model(ids, logits_to_keep=len(target) + 1).logits[0, :-1]  # (32, V)
+    ids = torch.randint(size, (max_length,)).tolist()  # the longest example that can occur
+    example = Example(ids, max(1, max_length - 32))
+    target = ids[example.prompt_len :]
+    logp, _ = response_logps(model, [example])  # (1, T)
+    inputs = torch.tensor([ids], device=model.device)
+    logits = model(inputs, logits_to_keep=len(target) + 1).logits[0, :-1]  # (T, V)
     truth = logits.log_softmax(-1)[range(len(target)), target]
-    if not (apart[0, : len(target)] - truth).abs().max() < 5e-3:
+    if not (logp[0] - truth).abs().max() < 5e-3:
         raise BadInput(f"common.py does not rebuild the logits of {model.config.model_type}")
-    model.row_tokens, shared = 2 * max_length, apart + torch.inf  # room for both
-    with contextlib.suppress(Exception):  # a family that has no use for a mask may raise anything
-        shared, _ = response_logps(model, pair)
-    model.row_tokens = 2 * config.hidden_size if (shared - apart).abs().max() < 5e-3 else 0

@@ -109,7 +109,8 @@ def policy_logps(model, batch: list[Row], args):
     where the policy has not moved, log-ratios are exactly 0. Precision: matrix products are bf16 on
     CUDA; weights, gradients, AdamW and log-softmax float32."""
     temperature = args.temperature if args.sample_every else 1.0  # as the samples were drawn
-    for micro in micro_batches(model, [row.examples for row in batch], args.micro_tokens):
+    units = [row.examples for row in batch]
+    for micro in micro_batches(units, args.micro_tokens, args.device):
         examples = [example for i in micro for example in batch[i].examples]
         with torch.autocast(args.device, torch.bfloat16, enabled=args.device == "cuda"):
             logp, mask = response_logps(model, examples, temperature)  # (B, T)
@@ -227,9 +228,8 @@ def encode_prompt_row(tokenizer, reward, args, row: dict) -> list[Row]:
 def roll_out(model, rollouts, rows: list[Row], temperature: float, args) -> tuple:
     """Examples, texts, rewards: one for each prompt. The reward is called as TRL calls it."""
     ids, prompts = [list(row.prompt) for row in rows], [prompt_in(row.source) for row in rows]
-    with torch.autocast(args.device, torch.bfloat16, enabled=args.device == "cuda"):
-        examples, texts = sample_responses(model, rollouts.tokenizer, ids, args.max_new_tokens,
-                                           temperature, args.gen_batch, args.raw)
+    examples, texts = sample_responses(model, rollouts.tokenizer, ids, args.max_new_tokens,
+                                       temperature, args.gen_batch, args.raw)
     answers = [text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
                for prompt, text in zip(prompts, texts)]
     columns = {name: [row.source[name] for row in rows] for name in rows[0].source
