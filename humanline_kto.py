@@ -29,8 +29,7 @@ clamp is such a perception at its simplest: what lies beyond the bounds is seen 
 Departures from the authors' code: ẑ0 and means are over a whole update, however it is cut; M_P, M_R
 per response; the reference lags one update on one GPU too (theirs aliases the live weights: the
 method is off); k is counted anew when new samples are written.
-    python humanline_kto.py --model Qwen/Qwen2.5-1.5B-Instruct
-    (update 1 has loss 0.5 and unclipped 1: its own reference)
+    python humanline_kto.py --model Qwen/Qwen2.5-1.5B-Instruct   (update 1: loss 0.5, unclipped 1)
 """
 
 import argparse
@@ -62,11 +61,11 @@ from common import prompt_in, response_logps, sample_responses
 # === 1. Perception: how a human would see each token's log-ratio ===
 def perceive(logratio: Tensor, mask: Tensor, mode: str, log_eps_P: float, log_eps_R: float,
              gamma_P=0.5, gamma_R=0.01, beta_P=1.0, beta_R=1.0) -> tuple[Tensor, Tensor, Tensor]:
-    """Humanline clipping or sampling (paper, section 4), upstream of any loss.
-    logratio, mask: (B, T), nats. Returns the perceived log-ratio (B, T), 0 on padding, and which
-    tokens lost their gradient on the low (P) and the high (R) side, (B, T) bool. "clip": clamped,
-    the gradient is 0 outside the bounds, 1 inside. "sample", of which that is the limit (theorem
-    4.3): a rejected token keeps its value and loses its gradient. "off": as it is."""
+    """Humanline clipping or sampling (paper, section 4), upstream of any loss. logratio, mask: (B,
+    T), nats. Returns the perceived log-ratio (B, T), 0 on padding, and which tokens lost their
+    gradient on the low (P) and the high (R) side, (B, T) bool. "clip": clamped, the gradient is 0
+    outside the bounds, 1 inside. "sample", of which that is the limit (theorem 4.3): a rejected
+    token keeps its value and loses its gradient. "off": as it is."""
     z = torch.where(mask, logratio, 0.0)  # masked first: padding meets no clamp, no exp
     low = high = torch.zeros_like(mask)
     if mode == "clip":
@@ -107,12 +106,12 @@ class Row(NamedTuple):
 
 def policy_logps(model, batch: list[Row], args) -> Iterator[tuple]:
     """By micro-batch: its rows, and their examples' logp and mask (B, T). Scoring and training both
-    cut here: where the policy has not moved, log-ratios are exactly 0. Mismatched pairs come first,
-    for ẑ0, which has no gradient. Precision: matrix products are bf16 on CUDA; weights, gradients,
-    AdamW and log-softmax float32."""
+    cut here: where the policy has not moved, log-ratios are exactly 0. Precision: matrix products
+    are bf16 on CUDA; weights, gradients, AdamW and log-softmax float32."""
     temperature = args.temperature if args.sample_every else 1.0  # as the samples were drawn
     mismatched = [row for row in batch if row.desirable is None]
     labelled = [row for row in batch if row.desirable is not None]
+    # Mismatched pairs come first, since all losses take ẑ0, and without a gradient.
     for part, trained in (mismatched, False), (labelled, torch.is_grad_enabled()):
         for micro in micro_batches([row.examples for row in part], args.micro_tokens, args.device):
             rows = [part[i] for i in micro]
@@ -239,14 +238,11 @@ def make_batches(rows: list[Row], args) -> list[list[Row]]:
         raise BadInput("all rows have one label; KTO needs desirable and undesirable ones")
     loader = DataLoader(rows, args.batch_size, shuffle=True, drop_last=True, collate_fn=list,
                         generator=torch.Generator().manual_seed(args.seed))
-    for batch in loader:
-        mismatched_pairs(batch, args)  # refuses a batch that has none
     epochs = math.ceil(args.steps / len(loader)) if args.steps else args.epochs
     return [batch for _ in range(epochs) for batch in loader][: args.steps]
 
 def mismatched_pairs(batch: list[Row], args) -> list[Row]:
-    """Each prompt with a response to the next other, in a circle: of equal prompts the first takes
-    that one's first response, the second its second, and so on."""
+    """Each prompt with a response to the next other; of equal prompts the i-th takes its i-th."""
     prompts, seen, pairs = [row.examples[0].prompt for row in batch], Counter(), []
     for place, prompt in enumerate(prompts):
         others = [x for x in prompts[place:] + prompts[:place] if x != prompt]
@@ -360,6 +356,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--raw", action="store_true", help="prompts and responses are texts, no chat template")
     add("--system_prompt", help="of rows that have no system message")
     add("--chat_template_kwargs", type=json.loads, default={}, help="JSON, for the chat template")
+    add("--lora_rank", type=count, default=0, help="train adapters of this rank; 0: all weights")
     add("--max_length", type=number(1, kind=int), default=2048, help="of an example (*)")
     add("--output_dir", default="runs/kto", help="for all output")
     add("--resume", action="store_true", help="go on from the checkpoint, with the same flags")
@@ -385,7 +382,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--epochs", type=size, default=1, help="passes over the data (*)")
     add("--batch_size", type=number(1, kind=int), default=64, help="responses of an update")
     add("--micro_tokens", type=size, default=4096, help="of a forward (*)")
-    add("--lr", type=number(0, 1), default=1e-6, help="of AdamW, after the warm-up (*)")
+    add("--lr", type=number(0, 1), default=1e-6, help="after the warm-up; LoRA: ten times more (*)")
     add("--lr_decay", action="store_true", help="linear, to 0 after the last update")
     add("--warmup", type=count, default=10, help="updates (*)")
     add("--max_grad_norm", type=positive, default=1.0, help="bound of the gradient (*)")
@@ -401,7 +398,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 def load_policy(args) -> tuple:
-    """The policy, float32, without dropout, and its tokenizer."""
+    """The policy without dropout, its tokenizer, and what is saved: it, or its adapters."""
     with errors_in(f"--model {args.model}"):
         if "/" in args.model and Path(args.model).parent.is_dir() and not Path(args.model).exists():
             raise BadInput("there is no such folder")
@@ -411,17 +408,25 @@ def load_policy(args) -> tuple:
         config = AutoConfig.from_pretrained(args.model)
         text = config.get_text_config()
         text.update({name: 0.0 for name in vars(text) if "drop" in name})
-        model, info = AutoModelForCausalLM.from_pretrained(  # bf16 would miss small updates
-            args.model, config=config, dtype=torch.float32, output_loading_info=True)
+        # What is trained is float32, bf16 would miss small updates; what LoRA freezes need not be.
+        dtype = torch.bfloat16 if args.lora_rank and args.device == "cuda" else torch.float32
+        model, info = AutoModelForCausalLM.from_pretrained(
+            args.model, config=config, dtype=dtype, output_loading_info=True)
         if info["missing_keys"]:
             raise BadInput(f"weights are missing: {', '.join(sorted(info['missing_keys'])[:3])}")
         if info["unexpected_keys"]:
             print(f"weights left out: {', '.join(sorted(info['unexpected_keys'])[:3])}, …")
         check_model(model.to(args.device).eval(), tokenizer, args.max_length)
+    saved = model
+    if args.lora_rank:
+        with errors_in("--lora_rank needs `pip install peft`"):
+            from peft import LoraConfig, get_peft_model
+        saved = get_peft_model(model, LoraConfig(  # puts float32 adapters into the model itself
+            r=args.lora_rank, lora_alpha=2 * args.lora_rank, target_modules="all-linear"))
     if args.activation_checkpointing:
         model.gradient_checkpointing_enable()
         model.train()  # it works in training mode only
-    return model, tokenizer
+    return model, tokenizer, saved
 
 def load_reward(name: str | None) -> Callable:
     with errors_in(f"--reward takes FILE.py:FUNCTION, not {name}"):
@@ -441,13 +446,14 @@ def identity(rows: list[Row], steps: int, args) -> dict:
 def main(args: argparse.Namespace) -> None:
     """Train. Raises BadInput where it cannot."""
     folder, k, n = Path(args.output_dir), args.sync_every, args.sample_every
-    checkpoint = folder / "checkpoint.pt"
+    checkpoint, log_file = folder / "checkpoint.pt", folder / "metrics.jsonl"
     if folder.exists() and any(folder.iterdir()) and not (args.resume or args.overwrite):
         raise BadInput(f"--output_dir {folder} is not empty; add --resume or --overwrite")
     reward = load_reward(args.reward) if args.reward or n else None
     torch.manual_seed(args.seed)
-    model, tokenizer = load_policy(args)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
+    model, tokenizer, saved = load_policy(args)
+    trained = {name: w for name, w in model.named_parameters() if w.requires_grad}
+    optimizer = torch.optim.AdamW(trained.values(), lr=args.lr, weight_decay=0.0, fused=True)
     rows = load_rows(args.data, args.max_rows, tokenizer, reward, args)
     others = load_rows(args.eval_data, None, tokenizer, reward, args) if args.eval_data else []
     rows, eval_rows = hold_out(rows, others, args)
@@ -469,14 +475,14 @@ def main(args: argparse.Namespace) -> None:
             other = {name: then.get(name) for name in run if run[name] != then.get(name)}
             if other:
                 raise BadInput(f"it ran with {other}; take the same, or begin with --overwrite")
-        model.load_state_dict(state["model"])
+        model.load_state_dict(state["model"], strict=False)
         optimizer.load_state_dict(state["optimizer"])
         done, window, eval_rows = state["step"], deque(state["window"]), state["eval"]
         queue = deque(state["queue"] if n else batches[done + len(window) :])
-        open(folder / "metrics.jsonl", "r+").truncate(state["log_bytes"])  # what came after it
+        log_file.open("r+").truncate(state["log_bytes"])  # forget what came after it
     else:
         checkpoint.unlink(missing_ok=True)
-        (folder / "metrics.jsonl").unlink(missing_ok=True)
+        log_file.unlink(missing_ok=True)
         shutil.rmtree(folder / "final", ignore_errors=True)
         done, queue = 0, deque(batches)
         eval_rows = [] if n else score(model, eval_rows, args)
@@ -493,13 +499,12 @@ def main(args: argparse.Namespace) -> None:
             torch.cuda.reset_peak_memory_stats()
         torch.manual_seed(args.seed * 10**6 + step)  # so no generator is in a checkpoint
         metrics = {"step": step} | accumulate_gradient(model, batch, args.humanline, args)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm).item()
+        norm = torch.nn.utils.clip_grad_norm_(trained.values(), args.max_grad_norm).item()
         if not math.isfinite(norm + metrics["loss"]):
             raise BadInput(f"update {step}: loss {metrics['loss']}, gradient norm {norm}. It is "
                            "not applied; begin anew with a lower --lr, --resume would repeat it")
         decay = (steps + 1 - step) / max(1, steps + 1 - args.warmup) if args.lr_decay else 1
-        lr = args.lr * min(1, step / max(1, args.warmup), decay)
-        optimizer.param_groups[0]["lr"] = lr
+        lr = optimizer.param_groups[0]["lr"] = args.lr * min(1, step / max(1, args.warmup), decay)
         # Humanline syncing. When its k batches are used up, the window is filled anew: the policy
         # as it still is, before this update, scores the next k batches and so is their reference,
         # which lags one update. Scored after it they would meet that same policy: with k = 1 all
@@ -520,12 +525,11 @@ def main(args: argparse.Namespace) -> None:
         log(metrics, args)
         if step == steps or args.save_every and step % args.save_every == 0:
             state = {"run": run, "step": step, "eval": eval_rows, "window": [*window],
-                     "queue": [*queue] if n else [], "model": model.state_dict(),
-                     "optimizer": optimizer.state_dict(),
-                     "log_bytes": (folder / "metrics.jsonl").stat().st_size}
+                     "queue": [*queue] if n else [], "log_bytes": log_file.stat().st_size,
+                     "model": trained, "optimizer": optimizer.state_dict()}
             torch.save(state, folder / "checkpoint.tmp")
             (folder / "checkpoint.tmp").replace(checkpoint)  # whole, or the one before it
-    model.save_pretrained(folder / "final")
+    saved.save_pretrained(folder / "final")
     tokenizer.save_pretrained(folder / "final")
     print(f"the trained policy is in {folder / 'final'}")
 
