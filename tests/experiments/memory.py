@@ -97,12 +97,16 @@ class Live(TorchDispatchMode):
         self.now -= size
 
 
+def checkpoint(model) -> None:  # as --activation_checkpointing does
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    model.train()
+
+
 def make_model(config, checkpointed: bool = False):
     """A random float32 policy with gradients; under FakeTensorMode without data."""
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa").eval()
     if checkpointed:
-        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
-        model.train()
+        checkpoint(model)
     for weight in model.parameters():
         weight.grad = torch.zeros_like(weight)
     return model
