@@ -66,7 +66,8 @@ def test_a_policy_that_scores_otherwise_than_it_trains_is_found(monkeypatch, tmp
         return logp + 1e-3 * (not logp.requires_grad), mask
 
     def step(args):
-        folder, data = gpu_checks.save(args, gpu_checks.shape_of("", args)), gpu_checks.write_rows(args, "dpo", 8, 5, 9, 20)
+        folder = gpu_checks.save(args, gpu_checks.shape_of("", args))
+        data = gpu_checks.write_rows(args, "dpo", 8, 5, 9, 20)
         argv = gpu_checks.flags_for(args, folder, data, 1, batch_size=8, max_length=64)
         gpu_checks.attempt(args, "dpo: update 1", gpu_checks.first_update, "dpo", argv)
 

@@ -49,15 +49,15 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 
 import gpu_checks  # noqa: E402
-import gpu_speed  # noqa: E402
+import gpu_measures  # noqa: E402
 
 RESULT = ROOT / "tests/experiments/results/gpu.json"
 LIMITS = {"right": 60, "scripts": 120, "memory": 60, "speed": 150, "variants": 60, "sampling": 60, "real": 30}  # s
-STEPS = {"right": gpu_checks.right, "scripts": gpu_checks.scripts, "memory": gpu_checks.check_memory,
-         "speed": gpu_speed.speed, "variants": gpu_speed.variants, "sampling": gpu_speed.sampling,
+STEPS = {"right": gpu_checks.right, "scripts": gpu_checks.scripts, "memory": gpu_measures.memory_step,
+         "speed": gpu_measures.speed, "variants": gpu_measures.variants, "sampling": gpu_measures.sampling,
          "real": gpu_checks.real}
 BYTES = 64 * 2**20  # of wheels
-WHEELS = ["datasets==5.2.0", "dill<0.4.2", "multiprocess<0.70.20", "xxhash", "math-verify==0.9.0",  # dearest first
+WHEELS = ["datasets==5.2.0", "dill<0.4.2", "multiprocess<0.70.20", "xxhash", "math-verify==0.9.0",  # most needed first
           "latex2sympy2_extended==1.11.0", "antlr4-python3-runtime==4.13.2", "trl==1.16.0", "peft==0.21.2",
           "vaderSentiment", "gguf", "pyarrow"]
 PIP = ["download", "-q", "--no-deps", "--only-binary=:all:", "--implementation=cp", "--python-version=3.12", *(
@@ -67,6 +67,7 @@ PIP = ["download", "-q", "--no-deps", "--only-binary=:all:", "--implementation=c
 def step_process(args, name: str) -> None:
     os.setsid()  # so that what it starts is stopped with it
     gpu_checks.log_to(args.folder / "log")
+    os.environ["HF_DATASETS_CACHE"] = str(args.folder / "datasets")
     if args.device == "cuda":
         gpu_checks.record(args, "device", card=torch.cuda.get_device_name())
     STEPS[name](args)
@@ -83,6 +84,7 @@ def run_step(args, name: str, seconds: float) -> dict:
             ended = process.exitcode
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
+            process.kill()  # if it is too young to lead a group
             process.join()
         records = args.folder / "records.jsonl"
         found = [json.loads(line) for line in open(records)] if records.exists() else []

@@ -1,4 +1,4 @@
-"""What gpu.py times: updates against TRL and the matrix products' peak, variants of an update, sampling."""
+"""What gpu.py measures: memory against memory.py, updates against TRL and the peak, variants, sampling."""
 
 import collections
 import copy
@@ -14,9 +14,68 @@ import torch
 import transformers
 
 import common
+import memory
 import toy_world
-from gpu_checks import attempt, flags_for, now, random_model, record, save, shape_of, train, write_rows
+from gpu_checks import attempt, bf16, flags_for, now, random_model, record, save, shape_of, train, write_rows
 
+
+# --- memory ----------------------------------------------------------------------------------------------------
+
+def peak_of(work, *given) -> int:
+    """Bytes that are allocated at most while work(…) runs."""
+    torch.cuda.reset_peak_memory_stats()
+    work(*given)
+    return torch.cuda.max_memory_allocated()
+
+
+def memory_step(args) -> None:
+    """Peaks of each part, measured and as memory.py predicts. On a CPU, memory.py's Live measures in place of CUDA."""
+    for size in ["0.5B", "1.5B"][: 1 if args.tiny else None]:
+        attempt(args, size, memory_of, args, size)
+
+
+def memory_of(args, size: str) -> dict:
+    length, batch, prompt, response = (64, 4, 8, 8) if args.tiny else (2048, 64, 512, 64)
+    config, model, cuda = shape_of(size, args), random_model(shape_of(size, args), args), args.device == "cuda"
+    states = 16 * model.num_parameters()
+
+    def compare(part, predicted, measured):
+        ratio = measured / predicted
+        record(args, f"{size}: {part}", ratio=ratio, GiB=measured / 2**30, predicted=predicted / 2**30,
+               ok=abs(ratio - 1) <= 0.1)
+
+    for weight in model.parameters():
+        weight.grad = torch.zeros_like(weight)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    optimizer.step()
+    if cuda:
+        compare("weights, gradients, AdamW", states, torch.cuda.memory_allocated())
+    for mode, checkpointed in memory.MODES.items():
+        rows = 16 if checkpointed else 4 if size == "0.5B" else 2
+        forward, *backward = memory.all_layers(config, memory.trace_update, checkpointed, rows, length)
+        if checkpointed:
+            memory.checkpoint(model)
+        if cuda:
+            examples, logps = [common.Example([1] * (8 + length), 8)] * rows, []
+            found = [peak_of(lambda: logps.append(bf16(model, examples)))]
+            found.append(peak_of(lambda: logps.pop().sum().backward()))
+        else:
+            live = memory.update_bytes(model, rows, length)
+            found = [states + live[0], states + max(live[1:])]
+        compare(f"{mode}, {rows * length} tokens, forward", states + forward, found[0])
+        compare(f"{mode}, {rows * length} tokens, backward", states + max(backward), found[1])
+    model.eval()
+    peaks = memory.all_layers(config, memory.trace_sampling, batch, prompt, response)
+    if cuda:
+        prompts, tokenizer = [[5] * prompt] * batch, toy_world.make_tokenizer()
+        found = peak_of(common.sample_responses, model, tokenizer, prompts, response, 0.7, batch)
+    else:
+        found = states + max(memory.sampling_bytes(model, batch, prompt, response))
+    compare(f"sampling {batch}, {prompt} and {response} tokens", states + max(peaks), found)
+    return {"parameters": model.num_parameters()}
+
+
+# --- updates, sampling ------------------------------------------------------------------------------------------
 
 def flops(config, tokens: float, sequences: int, response: int) -> float:
     """Of an update with k = 1: a response is trained (3 forwards) and scored (1). A forward takes 2 for each weight and
