@@ -171,7 +171,7 @@ def read_file(source: str) -> Iterator[tuple[int, dict]]:
     if source.endswith((".jsonl", ".json")):
         for number, line in enumerate(open(source, "rb"), 1):
             with errors_in(f"line {number} is no JSON object"):
-                yield number, dict(json.loads(line))
+                yield number, {**json.loads(line)}
     elif source.endswith(".parquet"):
         yield from enumerate(load_dataset("parquet", data_files=source, split="train"), 1)
     else:
@@ -414,8 +414,8 @@ def main(args: argparse.Namespace) -> None:
     """Train. Raises BadInput where it cannot."""
     folder, k, n = Path(args.output_dir), args.sync_every, args.sample_every
     checkpoint, log_file = folder / "checkpoint.pt", folder / "metrics.jsonl"
-    if folder.exists() and any(folder.iterdir()) and not (args.resume or args.overwrite):
-        raise BadInput(f"--output_dir {folder} is not empty; add --resume or --overwrite")
+    if folder.is_file() or any(folder.glob("*")) and not (args.resume or args.overwrite):
+        raise BadInput(f"--output_dir {folder} is no empty folder; add --resume or --overwrite")
     reward = load_reward(args.reward) if args.reward or n else None
     torch.manual_seed(args.seed)
     model, tokenizer, saved = load_policy(args)
@@ -448,8 +448,8 @@ def main(args: argparse.Namespace) -> None:
         done, window, eval_rows = state["step"], deque(state["window"]), state["eval"]
         queue = deque(state["queue"] if n else batches[done + len(window) :])
     else:
-        checkpoint.unlink(missing_ok=True)
-        log_file.unlink(missing_ok=True)
+        for old in filter(Path.exists, (checkpoint, log_file)):
+            old.unlink()
         shutil.rmtree(folder / "final", ignore_errors=True)
         done, queue = 0, deque(batches)
         eval_rows = [] if n else score(model, eval_rows, args)
