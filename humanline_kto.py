@@ -371,7 +371,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--desirable_weight", type=positive, default=1.0, help="λ_D (*)")
     add("--undesirable_weight", type=positive, default=1.0, help="λ_U")
     add = parser.add_argument_group("rollouts: none without --sample_every").add_argument
-    add("--sample_every", type=count, default=0, help="n: updates between; --data: prompts. 0: never")
+    add("--sample_every", type=count, default=0, help="updates between; --data: prompts; 0: never")
     add("--reward", help="FILE.py:FUNCTION; without --sample_every it scores the evaluation only")
     add("--group_size", type=number(1, kind=int), default=8, help="samples a prompt; unused offline")
     add("--temperature", type=positive, default=0.7, help="of samples and their log-probs")
