@@ -371,9 +371,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--desirable_weight", type=positive, default=1.0, help="λ_D (*)")
     add("--undesirable_weight", type=positive, default=1.0, help="λ_U")
     add = parser.add_argument_group("rollouts: none without --sample_every").add_argument
-    add("--sample_every", type=count, default=0, help="updates between; --data: prompts; 0: never")
+    add("--sample_every", type=count, default=0, help="updates between; --data: prompts. 0: never")
     add("--reward", help="FILE.py:FUNCTION; without --sample_every it scores the evaluation only")
-    add("--group_size", type=number(1, kind=int), default=8, help="samples a prompt; unused offline")
+    add("--group_size", type=number(1, kind=int), default=8, help="samples of a prompt, if online")
     add("--temperature", type=positive, default=0.7, help="of samples and their log-probs")
     add("--max_new_tokens", type=size, default=512, help="of a response (*)")
     add("--gen_batch", type=size, default=128, help="responses at once (*)")

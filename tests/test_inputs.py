@@ -491,7 +491,7 @@ def test_help_says_what_needs_rollouts(script, capsys):
     assert rollouts.startswith(": none without --sample_every")
     assert "--data: prompts" in rollouts.partition("--sample_every SAMPLE_EVERY")[2].partition("--reward")[0]
     assert "without --sample_every it scores the evaluation only" in rollouts.partition("--reward REWARD")[2]
-    assert "unused offline" in rollouts.partition("--group_size GROUP_SIZE")[2].partition("--temp")[0]
+    assert "if online" in rollouts.partition("--group_size GROUP_SIZE")[2].partition("--temp")[0]
 
 
 def test_the_command_that_ctrl_c_prints_is_quoted(script, monkeypatch):
