@@ -247,7 +247,7 @@ def mismatched_pairs(batch: list[Row], args) -> list[Row]:
     for place, prompt in enumerate(prompts):
         others = [x for x in prompts[place:] + prompts[:place] if x != prompt]
         if not others:
-            raise BadInput("a batch has one prompt and no mismatched pair; raise --batch_size")
+            raise BadInput("one prompt has no mismatched pair; raise --batch_size or --eval_size")
         responses = [row.examples[0].response for row, x in zip(batch, prompts) if x == others[0]]
         ids = [*prompt, *responses[seen[prompt] % len(responses)]][: args.max_length]
         pairs.append(Row([Example(torch.tensor(ids, dtype=torch.int32), len(prompt))]))
