@@ -97,7 +97,10 @@ def test_a_run_killed_in_the_middle_of_a_save_goes_on_bitwise(script, run, flags
             file.write('{"step": 7, "lo')  # a line that the kill cut in two
         run(script, *more, "--output_dir", broken, "--resume")
         run(script, *more, "--output_dir", whole)
-        assert same(state(script, broken), state(script, whole)), name
+        resumed, uninterrupted = state(script, broken), state(script, whole)
+        for folder, found in ((broken, resumed), (whole, uninterrupted)):  # seconds have more or fewer digits
+            assert found.pop("log_bytes") == (folder / "metrics.jsonl").stat().st_size
+        assert same(resumed, uninterrupted), name
         assert without_times(broken) == without_times(whole), name
         weights = [(folder / "final" / "model.safetensors").read_bytes() for folder in (broken, whole)]
         assert weights[0] == weights[1]
@@ -158,9 +161,9 @@ def test_what_only_cuts_saves_or_shows_may_differ(script, run, broken_after_2, t
     lines = run(script, *more, "--max_new_tokens", 8, *free, "--output_dir", tmp_path / "elsewhere", "--resume")
     assert [line["step"] for line in lines] == [0, 1, 2, 3, 4]
     for ours, theirs in zip(lines, whole):
-        names = {name for name in theirs if not name.startswith("samples")} - {*TIMES}
+        names = {name for name in theirs if "sample" not in name} - {*TIMES}  # --gen_batch draws others
         assert {x: ours[x] for x in names} == pytest.approx({x: theirs[x] for x in names}, rel=1e-4, abs=1e-5)
-    assert sum("eval_loss" in line or "eval_gain" in line or "eval_reward_greedy" in line for line in lines) == 4
+    assert sum("eval_loss" in line or "eval_gain" in line or "eval_reward_greedy" in line for line in lines) == 3  # 0, 3, 4
 
 
 def test_all_other_flags_may_not_differ(script, flags):
@@ -182,7 +185,7 @@ def test_resume_of_another_run_is_refused(run, data, tmp_path):
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
     for more, difference in [
         (("--lr", 0.5), "it ran with {'lr': 0.001}; take the same, or begin with --overwrite"),
-        (("--seed", 1), "it ran with {'seed': 0}"),
+        (("--seed", 1), "it ran with {'seed': 0"),
         (("--plain",), "'sync_every': 1"),
         (("--steps", 9), "it ran with {'steps': 4, 'updates': 4}"),
         (("--epochs", 2), "it ran with {'epochs': 1}"),

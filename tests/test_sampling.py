@@ -4,6 +4,7 @@ import copy
 import itertools
 import json
 import math
+import sys
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ import humanline_grpo as grpo
 import humanline_kto as kto
 import toy_world
 from common import BadInput
-from conftest import make_rows, write_jsonl
+from conftest import example, make_rows, plain, write_jsonl
 
 REWARD = '''
 import json, math
@@ -69,6 +70,7 @@ def online(run, tmp_path):
     """online(script, "--lr", 1): the metrics of a short run on samples."""
     (tmp_path / "reward.py").write_text(REWARD)
     path = write_jsonl(tmp_path / "prompts.jsonl", PROMPTS)
+    sys.modules.pop("reward", None)  # of another test's folder
 
     def start(script, *more, reward="length"):
         return run(script, "--data", path, "--reward", f"{tmp_path / 'reward.py'}:{reward}", "--max_new_tokens", 8,
@@ -107,16 +109,15 @@ def test_the_timeline_of_sampling_and_syncing(script, online, spy, monkeypatch, 
         trained.append(len(seen))
         return accumulate(model, batch, mode, args)
 
-    def sample_and_tell(model, rollouts, count, args):
-        samplers[len(weights)] = count, snapshot(model)
-        return sample(model, rollouts, count, args)
+    def sample_and_tell(model, rollouts, updates, args):
+        samplers[len(weights)] = updates, snapshot(model)
+        return sample(model, rollouts, updates, args)
 
     seen = spy(script)
     monkeypatch.setattr(script, "accumulate_gradient", accumulate_and_tell)
     monkeypatch.setattr(script, "sample_batches", sample_and_tell)
-    online(script, "--sync_every", k, "--sample_every", n, "--steps", 17, "--lr", 1e-2, "--temperature", 0.7)
+    online(script, "--sync_every", k, "--sample_every", n, "--steps", 17, "--lr", 1e-2, "--temperature", 0.7, reward="place")
     moving = AutoModelForCausalLM.from_pretrained(policy).eval()
-    moving.row_tokens = 2 * moving.config.hidden_size
     reference = copy.deepcopy(moving)
     for s in range(1, 18):
         reference.load_state_dict(weights[reference_of(s, k, n)])
@@ -126,34 +127,54 @@ def test_the_timeline_of_sampling_and_syncing(script, online, spy, monkeypatch, 
                 new, old = (common.response_logps(net, examples, 0.7)[0] for net in (moving, reference))
             torch.testing.assert_close(logratio, new - old, rtol=0, atol=1e-5)
             assert logratio.abs().max() == 0 or (k, n) != (0, 1)  # exactly on-policy
-    assert {start: count for start, (count, _) in samplers.items()} == {s: min(n, 17 - s) for s in range(0, 17, n)}
+    drawn = {start: updates for start, (updates, _) in samplers.items()}
+    assert drawn == {s: range(s, min(s + n, 17)) for s in range(0, 17, n)}
     for start, (_, by) in samplers.items():
         exact = weights[reference_of(start + 1, k, n)]
         assert all(torch.equal(by[name], exact[name]) for name in by)
 
 
 def test_prompts_come_in_turn_and_held_out_ones_never(script, online, spy, tmp_path):
-    """No prompt again before all have come: in later updates, in later stretches, and where groups of equal
-    rewards are replaced. GRPO: groups of 5 with a batch of 64 are 60 responses, and none is left over."""
+    """Update u takes its share of the prompts by number, whatever the rewards: no prompt again before all have come.
+    Groups of equal rewards give DPO and KTO no row, and the others are dealt evenly to the updates of a stretch.
+    GRPO: groups of 5 with a batch of 44 are 40 responses."""
     seen = spy(script)
-    size = {dpo: 6, kto: 24, grpo: 64}[script]
+    size = {dpo: 6, kto: 24, grpo: 44}[script]
     lines = online(script, "--steps", 5, "--sample_every", 2, "--batch_size", size, "--group_size", 5,
                    "--micro_tokens", 10**6, reward="half")  # fmt: skip
-    held_out = {line["prompt"] for line in lines_of(tmp_path / "run" / "samples.jsonl")}
+    held_out = {prompt for prompt, *_ in lines[0]["samples_greedy"]}
     calls = [call for call in lines_of(tmp_path / "calls.jsonl") if not held_out & set(call[0])]
     drawn = [prompt for prompts, *_ in calls for prompt, _ in itertools.groupby(prompts)]
     everything = {row["question"] for row in PROMPTS}
-    assert len(held_out) == 2 and set(drawn) == everything - held_out and len(drawn) > 30
-    assert drawn[22:] == drawn[:-22]  # round and round
+    share = {dpo: 6, kto: 5, grpo: 8}[script]
+    assert len(held_out) == 2 and len(drawn) == 5 * share and [len(call[0]) for call in calls] == [10 * share] * 2 + [
+        5 * share]  # fmt: skip
+    assert set(drawn) == everything - held_out and drawn[22:] == drawn[:-22]  # round and round
+    numbers = {row["question"]: int(row["answer"]) for row in PROMPTS}
     counts = [len(examples) for examples, _, _ in seen]
-    assert counts == [{dpo: 12, kto: 24, grpo: 60}[script]] * 5
+    expected = []
+    for prompts, _, _, rewards in calls:  # one a stretch
+        groups = [rewards[i : i + 5] for i in range(0, len(rewards), 5)]
+        assert [len(set(group)) == 1 for group in groups] == [numbers[prompt] % 2 == 1 for prompt in prompts[::5]]
+        rows = [{dpo: 2, kto: 4, grpo: 5}[script] for group in groups if script is grpo or len(set(group)) > 1]
+        updates = len(groups) // share
+        expected += [sum(rows[i::updates]) for i in range(updates)]
+    assert counts == expected and len(counts) == 5 and min(counts) > 0
     if script is grpo:
-        assert sum(len(rewards) for *_, rewards in calls) == 300
+        assert counts == [40] * 5
         rewards = [reward for *_, rewards in calls for reward in rewards]
-        for i, line in enumerate(lines[1:]):
-            part = rewards[60 * i : 60 * i + 60]
-            equal = sum(len(set(part[j : j + 5])) == 1 for j in range(0, 60, 5))
-            assert line["reward"] == pytest.approx(sum(part) / 60) and line["frac_zero_std"] == equal / 12 > 0
+        groups = [rewards[i : i + 5] for i in range(0, len(rewards), 5)]
+        batches = [groups[0:16:2], groups[1:16:2], groups[16:32:2], groups[17:32:2], groups[32:]]
+        for batch, line in zip(batches, lines[1:]):
+            assert line["reward"] == pytest.approx(sum(map(sum, batch)) / 40)
+            assert line["frac_zero_std"] == sum(len(set(group)) == 1 for group in batch) / 8
+
+
+@pytest.mark.parametrize("script", [dpo, kto])
+def test_fewer_groups_than_updates_end_with_an_error(script, online):
+    """Half of the prompts of four updates give a row: two for DPO with a batch of one pair."""
+    with pytest.raises(BadInput, match="--reward .*:half: rewards are equal within groups"):
+        online(script, "--sample_every", 4, "--batch_size", 4 if script is kto else 1, "--eval_size", 0, reward="half")
 
 
 @pytest.mark.parametrize("epochs", [1, 2])
@@ -170,7 +191,8 @@ def test_an_epoch_is_every_prompt_once(script, flags, online, tmp_path, epochs, 
 
 def prompt_ids(policy, *texts):
     tokenizer = AutoTokenizer.from_pretrained(policy)
-    return tokenizer, [common.encode_prompt(tokenizer, text)[0] for text in texts]
+    args = dpo.parse_args(["--model", "-"])
+    return tokenizer, [list(common.encode(tokenizer, {"prompt": text}, None, args).prompt) for text in texts]
 
 
 def odd_config():
@@ -189,8 +211,9 @@ def test_a_checkpoint_s_generation_config_changes_no_sample(policy, temperature)
     for config in (model.generation_config, odd_config()):
         model.generation_config = config
         torch.manual_seed(0)
-        found.append(common.sample_responses(model, tokenizer, prompts, 8, temperature, 16))
-        assert model.generation_config is config  # it is put back
+        examples, texts = common.sample_responses(model, tokenizer, prompts, 8, temperature, 16)
+        found.append((plain(examples), texts))
+        assert model.generation_config is config  # its own
     assert found[0] == found[1]
 
 
@@ -200,7 +223,7 @@ def test_samples_are_drawn_from_the_policy(policy, temperature):
     model = AutoModelForCausalLM.from_pretrained(policy).eval()
     torch.manual_seed(0)
     examples, _ = common.sample_responses(model, tokenizer, prompts, 2, temperature, 4000)
-    first = torch.tensor([e.ids[e.prompt_len] for e in examples])
+    first = torch.tensor([e.response[0] for e in examples])
     with torch.no_grad():
         exact = (model(torch.tensor([prompts[0]])).logits[0, -1] / temperature).softmax(-1)
     assert (torch.bincount(first, minlength=len(exact)) / 4000 - exact).abs().max() < 0.02
@@ -210,13 +233,11 @@ def test_samples_are_drawn_from_the_policy(policy, temperature):
 def test_the_temperature_is_the_flag_s(script, online, spy, tmp_path):
     """Near 0 all samples are greedy ones, of the evaluation and of the training."""
     seen = spy(script)
-    online(script, "--temperature", 1e-4, "--steps", 1, reward="place")
-    samples = lines_of(tmp_path / "run" / "samples.jsonl")[:4]
-    assert [(line["step"], line["mode"]) for line in samples] == [(0, "greedy")] * 2 + [(0, "sampled")] * 2
-    assert [line["response"] for line in samples[:2]] == [line["response"] for line in samples[2:]]
+    first = online(script, "--temperature", 1e-4, "--steps", 1, reward="place")[0]
+    assert first["samples_greedy"] == first["samples_sampled"] and len(first["samples_greedy"]) == 2
     groups = {}
     for e in (e for examples, _, _ in seen for e in examples):
-        groups.setdefault(tuple(e.ids[: e.prompt_len]), []).append(e)
+        groups.setdefault(e.prompt, []).append(e.response)
     assert len(groups) == (8 if script is dpo else 2)
     assert all(len(group) > 1 and len(set(map(str, group))) == 1 for group in groups.values())
 
@@ -229,8 +250,10 @@ def test_a_response_ends_at_the_first_of_all_end_tokens(policy):
     tokenizer.eos_token = "4"
     four, end = tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|end|>")
     for raw, stops in ((False, {9, 11, four, end}), (True, {9, 11, four})):
-        examples, texts = common.sample_responses(model, tokenizer, prompts, 12, 1.0, 300, raw)
-        responses = [e.ids[e.prompt_len :] for e in examples]
+        if raw:
+            tokenizer.chat_template = None
+        examples, texts = common.sample_responses(model, tokenizer, prompts, 12, 1.0, 300)
+        responses = [e.response for e in examples]
         assert stops == {ids[-1] for ids in responses if len(ids) < 12}
         assert not stops & {token for ids in responses for token in ids[:-1]}
         assert all(len(ids) == 12 or ids[-1] in stops for ids in responses)
@@ -238,18 +261,19 @@ def test_a_response_ends_at_the_first_of_all_end_tokens(policy):
 
 
 def test_neither_padding_nor_the_mode_matters(policy):
-    """Greedy responses to prompts of several lengths, in parts; the model is back in its mode afterwards."""
+    """Greedy responses to prompts of several lengths, in parts; the model stays in its mode, with its weights."""
     tokenizer, prompts = prompt_ids(policy, "abcdef", "a", "abc")
     model = AutoModelForCausalLM.from_pretrained(policy).eval()
-    alone = [common.sample_responses(model, tokenizer, [ids], 8, 0.0, 1)[0][0] for ids in prompts]
+    alone = [plain(common.sample_responses(model, tokenizer, [ids], 8, 0.0, 1)[0])[0] for ids in prompts]
     for training, batch_size in ((True, 3), (False, 2)):
         model.train(training)
         examples, texts = common.sample_responses(model, tokenizer, prompts, 8, 0.0, batch_size)
-        assert examples == alone and model.training == model.base_model.layers[0].training == training
-    assert [e.ids[: e.prompt_len] for e in examples] == prompts
-    assert texts == [tokenizer.decode(e.ids[e.prompt_len :], skip_special_tokens=True) for e in examples]
+        assert plain(examples) == alone and model.training == model.base_model.layers[0].training == training
+        assert all(weight.requires_grad and weight.dtype == torch.float32 for weight in model.parameters())
+    assert [list(e.prompt) for e in examples] == prompts
+    assert texts == [tokenizer.decode(e.response, skip_special_tokens=True) for e in examples]
     tokenizer.pad_token = None
-    assert common.sample_responses(model, tokenizer, prompts, 8, 0.0, 3)[0] == alone
+    assert plain(common.sample_responses(model, tokenizer, prompts, 8, 0.0, 3)[0]) == alone
 
 
 # --- Prompts ---
@@ -266,12 +290,12 @@ def test_every_form_of_a_prompt_is_the_same_tokens(script, policy, system):
         {"prompt": "abc"}, {"question": "abc"}, {"problem": "abc"}, {"prompt": [user]},
         {"prompt": "abc", "chosen": [answer], "rejected": [other]},
         {"prompt": "abc", "chosen": "d", "rejected": "e"},
-        {"prompt": "other", "chosen": [user, answer], "rejected": [user, other]},
+        {"prompt": "abc", "chosen": [user, answer], "rejected": [user, other]},
     ):  # fmt: skip
         (found,) = script.encode_prompt_row(tokenizer, len, args, row)
-        texts = [tokenizer.decode(found.prompt)]
+        texts = [tokenizer.decode(found.examples[0].prompt)]
         if "chosen" in row and script is not grpo:
-            texts += [tokenizer.decode(r.prompt) for r in script.encode_row(tokenizer, None, args, row)]
+            texts += [tokenizer.decode(r.examples[0].prompt) for r in script.encode_row(tokenizer, None, args, row)]
         head = f"<|system|>{system}<|end|>" if system else ""
         assert set(texts) == {head + "<|user|>abc<|end|><|assistant|>"}
 
@@ -281,18 +305,20 @@ def test_the_system_prompt_is_read_in_a_run(script, run, online, spy, sampled):
     seen = spy(script)
     (online if sampled else run)(script, "--system_prompt", "bad9", "--steps", 1)
     system = toy_world.make_tokenizer()("<|system|>bad9<|end|>", add_special_tokens=False)["input_ids"]
-    assert all(e.ids[:6] == system and e.prompt_len > 6 for examples, _, _ in seen for e in examples)
+    assert all(e.ids[:6].tolist() == system and e.prompt_len > 6 for examples, _, _ in seen for e in examples)
 
 
 # --- Rewards ---
 
 
 def test_rows_of_a_group():
-    examples = [common.Example([1, i], 1) for i in range(4)]
+    examples = [example([1, i], 1) for i in range(4)]
     (pair,) = dpo.rows_of_group(examples, [0.0, 2.0, -1.0, 1.0])
-    assert pair.examples == [examples[1], examples[2]]
+    assert plain(pair.examples) == plain([examples[1], examples[2]])
     labelled = kto.rows_of_group(examples, [0.0, 2.0, 1.0, 1.0])
-    assert [(row.examples[0], row.desirable) for row in labelled] == [(examples[0], False), (examples[1], True)]
+    assert [(row.examples[0].response, row.desirable) for row in labelled] == [([0], False), ([1], True)]
+    assert [(row.examples[0].response, row.reward) for row in grpo.rows_of_group(examples, [0.7] * 4)] == [
+        ([i], 0.7) for i in range(4)]  # fmt: skip
     for script in (dpo, kto):
         assert script.rows_of_group(examples[:3], [0.7] * 3) == []
 
@@ -304,54 +330,60 @@ def test_the_reward_gets_what_trl_gives(script, online, tmp_path, form):
     if form == "messages":
         rows = [row | {"prompt": [{"role": "user", "content": row["prompt"]}]} for row in rows]
     path = write_jsonl(tmp_path / "rows.jsonl", rows)
-    online(script, "--data", path, "--steps", 1, reward="place")
+    lines = online(script, "--data", path, "--steps", 1, reward="place")
     answers = {json.dumps(row["prompt"]): row["answer"] for row in rows}
     calls = lines_of(tmp_path / "calls.jsonl")
     for prompts, completions, columns, _ in calls:
-        assert columns == {"answer": [answers[json.dumps(prompt)] for prompt in prompts]}
-        assert len(completions) == len(prompts)
+        ids = columns.pop("completion_ids")
+        assert columns == {"answer": [answers[json.dumps(prompt)] for prompt in prompts], "completion": ["x"] * len(ids),
+                           "prompt": prompts}  # fmt: skip
+        assert len(completions) == len(prompts) == len(ids)
         if form == "messages":
             assert all(len(c) == 1 and c[0].keys() == {"role", "content"} for c in completions)
             assert all(c[0]["role"] == "assistant" for c in completions)
             completions = [c[0]["content"] for c in completions]
         assert all(isinstance(text, str) and "<|" not in text for text in completions)
-    samples = lines_of(tmp_path / "run" / "samples.jsonl")
-    assert [line["prompt"] for line in samples[:2]] == calls[0][0]
+        assert completions == toy_world.make_tokenizer().batch_decode(ids, skip_special_tokens=True)
+    assert [prompt for prompt, *_ in lines[0]["samples_greedy"]] == calls[0][0]
 
 
 def test_evaluation_by_rewards(script, run, policy, tmp_path):
     """Offline with a reward: means over greedy responses, computed here, and over sampled ones."""
     (tmp_path / "reward.py").write_text(REWARD)
+    sys.modules.pop("reward", None)
     lines = run(script, "--reward", f"{tmp_path / 'reward.py'}:length", "--max_new_tokens", 8, "--eval_every", 2,
                 "--lr", 1e-2)  # fmt: skip
-    samples = lines_of(tmp_path / "run" / "samples.jsonl")
-    assert [(line["step"], line["mode"]) for line in samples] == [
-        (step, mode) for step in (0, 2, 4) for mode in ("greedy", "sampled") for _ in range(4)]  # fmt: skip
-    for line in (lines[0], lines[2], lines[4]):
+    names = {"samples_greedy", "samples_sampled", "eval_reward_greedy", "eval_reward_sampled"}
+    assert [len(names & line.keys()) for line in lines] == [4, 0, 4, 0, 4]
+    for line in lines[::2]:
         for mode in ("greedy", "sampled"):
-            rewards = [s["reward"] for s in samples if (s["step"], s["mode"]) == (line["step"], mode)]
-            assert line[f"eval_reward_{mode}"] == pytest.approx(sum(rewards) / 4)
-    assert all(s["reward"] == len(s["response"]) % 7 for s in samples)
-    for folder, step in ((policy, 0), (tmp_path / "run" / "final", 4)):
+            samples = line[f"samples_{mode}"]
+            assert len(samples) == 4 and all(reward == len(text) % 7 for _, text, reward in samples)
+            assert line[f"eval_reward_{mode}"] == pytest.approx(sum(reward for *_, reward in samples) / 4)
+    for folder, line in ((policy, lines[0]), (tmp_path / "run" / "final", lines[4])):
         model = AutoModelForCausalLM.from_pretrained(folder).eval()
-        for line in samples:
-            if (line["step"], line["mode"]) == (step, "greedy"):
-                tokenizer, (ids,) = prompt_ids(policy, line["prompt"])
-                start = len(ids)
-                while len(ids) < start + 8 and (len(ids) == start or ids[-1] != 1):
-                    with torch.no_grad():
-                        ids.append(model(torch.tensor([ids])).logits[0, -1].argmax().item())
-                assert line["response"] == tokenizer.decode(ids[start:], skip_special_tokens=True)
+        for prompt, text, _ in line["samples_greedy"]:
+            tokenizer, (ids,) = prompt_ids(policy, prompt)
+            start = len(ids)
+            while len(ids) < start + 8 and (len(ids) == start or ids[-1] != 1):
+                with torch.no_grad():
+                    ids.append(model(torch.tensor([ids])).logits[0, -1].argmax().item())
+            assert text == tokenizer.decode(ids[start:], skip_special_tokens=True)
+
+
+def test_the_screen_shows_no_samples(script, online, capsys):
+    assert "samples_greedy" in online(script, "--steps", 1)[1]
+    assert "samples" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("reward, words", [
-    ("raises", "boom"), ("none", "8 for 8 responses, not finite: [0, 1, 2"), ("nan", "not finite: [0, 1"),
-    ("inf", "not finite: [0, 1"), ("few", "1 for 8 responses"), ("missing", ":missing: 'missing'"),
+    ("raises", "boom"), ("none", "not 'NoneType'"), ("nan", "8 rewards for 8 responses, or not all finite"),
+    ("inf", "or not all finite"), ("few", "1 rewards for 8 responses"), ("missing", "no attribute 'missing'"),
 ])  # fmt: skip
 def test_rewards_that_fail_are_named(online, reward, words):
     with pytest.raises(BadInput) as error:
         online(grpo, "--eval_size", 0, reward=reward)
-    assert words in str(error.value) and f":{reward}" in str(error.value) and "\n" not in str(error.value)
+    assert words in str(error.value) and f":{reward}: " in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("script", [dpo, kto])
@@ -362,7 +394,7 @@ def test_equal_rewards_end_with_an_error(script, online):
 
 def test_rows_whose_answer_the_reward_cannot_read_are_dropped_and_counted(online, tmp_path, capsys):
     online(grpo, "--steps", 3, reward="readable")
-    assert "prompts.jsonl: 23 rows; 1 dropped: too long or nothing to learn" in capsys.readouterr().out
+    assert "prompts.jsonl: 23 rows, 0 responses cut; 1 dropped: too long, no use" in capsys.readouterr().out
     calls = lines_of(tmp_path / "calls.jsonl")
     assert "5" not in {answer for *_, columns, _ in calls for answer in columns["answer"]}
 
