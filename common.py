@@ -76,11 +76,12 @@ def dialogue_in(row: dict, name: str | None, system: str | None) -> list[dict]:
     messages = as_messages(prompt_in(row), "user", "the prompt") if prompt_in(row) else []
     more = as_messages(row.get(name), "assistant", name) if name else []
     if messages and more and more[0]["role"] != "assistant":
-        brought, messages = messages[-1] in more, [m for m in messages if m not in more]
+        brought = messages[-1] in more
+        messages = [m for m in messages if m not in more]
         if not brought or messages and more[0]["role"] in SYSTEM:
             raise BadInput(f"the prompt and {name} begin differently; drop one beginning")
     messages += more
-    if len(messages) <= len(more[-1:]):
+    if len(messages) < (2 if more else 1):
         raise BadInput("there is no prompt; give a column prompt, or whole dialogues as messages")
     system = row.get("system") or system
     if system and messages[0]["role"] not in SYSTEM:
@@ -164,8 +165,8 @@ def sample_responses(model, tokenizer, prompts: list[list[int]], max_new_tokens:
     stops.update(eos if isinstance(eos, list) else {eos} - {None})
     dtype, examples = SAMPLING_DTYPE[model.device.type], []
     weights = {id(w): torch.nn.Parameter(w.to(dtype), False) for w in model.parameters()}
-    sampler = copy.deepcopy(model, weights).eval()  # a copy, but for weights of that dtype
-    sampler.generation_config = GenerationConfig(  # generate fills what is unset from there
+    sampler = copy.deepcopy(model, weights).eval()  # deepcopy takes these weights, copies the rest
+    sampler.generation_config = GenerationConfig(  # the checkpoint's would fill in its own top_k
         max_new_tokens=max_new_tokens, do_sample=temperature > 0, temperature=temperature or 1.0,
         top_k=0, top_p=1.0, eos_token_id=sorted(stops), pad_token_id=tokenizer.pad_token_id)
     for start in tqdm(range(0, len(prompts), batch_size), "sampling", leave=False, delay=2):
@@ -243,13 +244,14 @@ def response_logps(model, examples: list[Example], temperature=1.0) -> tuple[Ten
     (B, T) bool, true on response tokens (from lengths); t = 0 is the first response token.
     Padding is on the right, where a causal model never looks: no attention mask is needed."""
     ids = pad_sequence([e.ids for e in examples], batch_first=True).long()  # (B, L)
-    first, end = torch.tensor([[e.prompt_len, len(e.ids)] for e in examples]).T[..., None]  # (B, 1)
+    start = torch.tensor([[e.prompt_len] for e in examples])  # (B, 1)
+    end = torch.tensor([[len(e.ids)] for e in examples])  # (B, 1)
     place = torch.arange(ids.shape[1])  # (L,)
-    trained = (first <= place) & (place < end)  # (B, L) response tokens
-    target, lengths = ids[trained], trained.sum(1)  # (N,), (B,)
+    in_response = (start <= place) & (place < end)  # (B, L)
+    target, lengths = ids[in_response], in_response.sum(1)  # (N,), (B,)
     mask = torch.arange(lengths.max()) < lengths[:, None]  # (B, T)
     # The one shift: a token is predicted from the state before it. Found on the CPU: no waiting.
-    states = trained[:, 1:].flatten().nonzero().squeeze(1)  # (N,)
+    states = in_response[:, 1:].flatten().nonzero().squeeze(1)  # (N,)
     inputs, states, target, mask = (
         x.to(model.device, non_blocking=True) for x in (ids[:, :-1], states, target, mask))
 

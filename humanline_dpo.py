@@ -6,7 +6,7 @@ policy happen to carry that bias: put it into the loss, and fixed data will do. 
 perception at its simplest: what lies beyond the bounds is seen as on them, and moves nothing.
 
   clipping  every token's log-ratio is clamped to [log ε_P, log ε_R] before it is summed;
-  syncing   every k updates the reference becomes the policy as it was just before the update.
+  syncing   at every k-th update the reference becomes the policy as it was just before it.
     z_t = clamp( log π_θ(y_t | x, y_<t) − log π_ref(y_t | x, y_<t),  log ε_P, log ε_R )
     L   = −log σ( β [ Σ_t z_t(chosen) − Σ_t z_t(rejected) ] ),  mean over the pairs of an update
 
@@ -18,15 +18,15 @@ perception at its simplest: what lies beyond the bounds is seen as on them, and 
 
   log π_θ, π_ref  logp, ref_logp        (B, T)  of B sequences' T response tokens, nats
                   mask                  (B, T)  true on response tokens, their end included
-                  logratio              (B, T)  log π_θ − log π_ref, the token's surprisal
+                  logratio              (B, T)  log π_θ − log π_ref
   z               perceived             (B, T)  the log-ratio as a human would see it
   log ε_P, ε_R    log_eps_P, log_eps_R  bounds of z: below, the Policy finds the token much less
                                         likely than the reference does; above, the Reference does
-  k, β            sync_every, beta      updates between syncs; inverse temperature
+  k, β            sync_every, beta      updates between syncs; scale of the reward
 --sync_every 0 ends the syncing but keeps the clip; --plain ends both and is the baseline.
 Departures from the authors' code: means are over the whole update, however it is cut; M_P and M_R
-are per response; the reference lags one update on one GPU too (theirs aliases the live weights: the
-method is off); k is counted anew when new samples are written.
+(of --humanline sample) are per response; the reference lags one update on one GPU too (theirs
+aliases the live weights, so that nothing is clipped); k is counted anew when samples are written.
     python humanline_dpo.py --model Qwen/Qwen2.5-1.5B-Instruct
     (update 1 has loss 0.6931 and unclipped 1: its own reference)
 """
@@ -61,29 +61,28 @@ from common import prompt_in, response_logps, sample_responses
 # === 1. Perception: how a human would see each token's log-ratio ===
 def perceive(logratio: Tensor, mask: Tensor, mode: str, log_eps_P: float, log_eps_R: float,
              gamma_P=0.5, gamma_R=0.01, beta_P=1.0, beta_R=1.0) -> tuple[Tensor, Tensor, Tensor]:
-    """Humanline clipping or sampling (paper, section 4), upstream of any loss. logratio, mask: (B,
-    T), nats. Returns the perceived log-ratio (B, T), 0 on padding, and which tokens lost their
-    gradient on the low (P) and the high (R) side, (B, T) bool. "clip": clamped, the gradient is 0
-    outside the bounds, 1 inside. "sample", of which that is the limit (theorem 4.3): a rejected
-    token keeps its value and loses its gradient. "off": as it is."""
-    z = torch.where(mask, logratio, 0.0)  # masked first: padding meets no clamp, no exp
+    """Humanline clipping or sampling (paper, section 4). logratio, mask: (B, T), nats. Returns the
+    perceived log-ratio (B, T), 0 on padding, and the tokens without gradient on the low (P) and the
+    high (R) side, (B, T) bool. "clip": clamped, gradient 1 inside the bounds, 0 outside. "sample"
+    (clipping is its limit, theorem 4.3): rejected tokens keep their value without gradient."""
+    perceived = torch.where(mask, logratio, 0.0)  # first: 0 lies within any bounds
     low = high = torch.zeros_like(mask)
     if mode == "clip":
-        low, high = mask & (z < log_eps_P), mask & (z > log_eps_R)
-        z = z.clamp(log_eps_P, log_eps_R)
+        low, high = perceived < log_eps_P, perceived > log_eps_R
+        perceived = perceived.clamp(log_eps_P, log_eps_R)
     elif mode == "sample":
-        low = rejected(z.detach(), mask, gamma_P, beta_P)
-        high = rejected(-z.detach(), mask, gamma_R, beta_R)
-        z = torch.where(low | high, z.detach(), z)
-    return z, low, high
+        low = rejected(perceived.detach(), mask, gamma_P, beta_P)
+        high = rejected(-perceived.detach(), mask, gamma_R, beta_R)
+        perceived = torch.where(low | high, perceived.detach(), perceived)
+    return perceived, low, high
 
 def rejected(log_ratio: Tensor, mask: Tensor, gamma: float, beta: float) -> Tensor:
-    """Tokens that one side of humanline sampling rejects, (B, T) bool: their ratio is below M B.
-    log_ratio: (B, T), nats, of π_θ to π_ref (P) or the reverse (R). M is the largest ratio of the
-    response; B ~ Beta(γ, β) is drawn for the token."""
-    B = torch.distributions.Beta(*log_ratio.new_tensor([gamma, beta])).sample(log_ratio.shape)
+    """Tokens that one side of humanline sampling rejects, (B, T) bool: their ratio is below M times
+    a draw from Beta(gamma, beta), M being the largest ratio of the response. log_ratio: (B, T),
+    nats, of π_θ to π_ref (P) or the reverse (R)."""
+    draws = torch.distributions.Beta(*log_ratio.new_tensor([gamma, beta])).sample(log_ratio.shape)
     log_M = log_ratio.masked_fill(~mask, -math.inf).amax(-1, keepdim=True)  # (B, 1)
-    return mask & (log_ratio < log_M + B.log())
+    return mask & (log_ratio < log_M + draws.log())
 
 
 # === 2. Loss ===
@@ -124,12 +123,12 @@ def score(model, batch: list[Row], args) -> list[Row]:
     return scored
 
 def next_window(model, queue: deque, rollouts, updates: range, args) -> deque:
-    """The next k batches (k = 0: all), scored by the policy as it is now. If there are none, it
-    first writes those of `updates`, the next n (from 0)."""
+    """The next k batches (k = 0: all), scored by the policy as it is now. Online, if none is left,
+    it first writes those of the next n updates (numbered from 0; offline there are none)."""
     if not queue and updates:
         queue.extend(sample_batches(model, rollouts, updates, args))
-    k = min(args.sync_every, len(queue)) if args.sync_every else len(queue)
-    batches = [queue.popleft() for _ in range(k)]
+    k = args.sync_every if args.sync_every else len(queue)
+    batches = [queue.popleft() for _ in range(min(k, len(queue)))]
     return deque(score(model, x, args) for x in tqdm(batches, "scoring", leave=False, delay=2))
 
 
@@ -167,12 +166,12 @@ def accumulate_gradient(model, batch: list[Row], mode: str, args) -> dict[str, f
 
 # === 5. Data ===
 def read_file(source: str) -> Iterator[tuple[int, dict]]:
-    """Numbered rows of a .jsonl, .json or .parquet file or of a Hub data set id[:config[:split]].
-    JSON is read as it stands: datasets would guess types, and make "2024-05-01" a date."""
+    """Numbered rows of a .jsonl or .json (a row a line) or .parquet file, or of a Hub data set
+    id[:config[:split]]. JSON stays as it is: datasets would make a date of "2024-05-01"."""
     if source.endswith((".jsonl", ".json")):
         for number, line in enumerate(open(source, "rb"), 1):
             with errors_in(f"line {number} is no JSON object"):
-                yield number, dict(json.loads(line))
+                yield number, {**json.loads(line)}
     elif source.endswith(".parquet"):
         yield from enumerate(load_dataset("parquet", data_files=source, split="train"), 1)
     else:
@@ -206,13 +205,14 @@ def encode_row(tokenizer, reward, args, row: dict) -> list[Row]:
 
 def hold_out(rows: list[Row], others: list[Row], args) -> tuple[list[Row], list[Row]]:
     """Rows to train on, and those held out, of others if any; no prompt is in both."""
-    prompts = list(dict.fromkeys(row.examples[0].prompt for row in others or rows))
-    default = len(prompts) if others else min(128, len(prompts) // 20)
+    pool = others if args.eval_data else rows
+    prompts = list(dict.fromkeys(row.examples[0].prompt for row in pool))
+    default = len(prompts) if args.eval_data else min(128, len(prompts) // 20)
     size = default if args.eval_size is None else min(args.eval_size, len(prompts))
     held_out = set(random.Random(args.seed).sample(prompts, size))
     kept = [row for row in rows if row.examples[0].prompt not in held_out]
     print(f"{len(kept)} rows to train on, {size} prompts held out")
-    return kept, [row for row in others or rows if row.examples[0].prompt in held_out]
+    return kept, [row for row in pool if row.examples[0].prompt in held_out]
 
 def make_batches(rows: list[Row], args) -> list[list[Row]]:
     """All batches of the run; each epoch has its order and drops a ragged last batch."""
@@ -245,7 +245,8 @@ def roll_out(model, rollouts: Rollouts, rows: list[Row], temperature: float, arg
     prompts = [prompt_in(row.source) for row in rows]
     answers = [text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
                for prompt, text in zip(prompts, texts)]
-    columns = {name: [row.source.get(name) for row in rows] for name in rows[0].source}
+    names = {name for row in rows for name in row.source}
+    columns = {name: [row.source.get(name) for row in rows] for name in names}
     columns |= {"prompts": prompts, "completions": answers,
                 "completion_ids": [example.response for example in examples]}
     with errors_in(f"--reward {args.reward}"):
@@ -255,7 +256,7 @@ def roll_out(model, rollouts: Rollouts, rows: list[Row], temperature: float, arg
     return examples, texts, rewards
 
 def sample_batches(model, rollouts: Rollouts, updates: range, args) -> list[list[Row]]:
-    """The batches of these updates, which the policy writes now; a group may give no row."""
+    """The batches of these updates, which the policy writes now. A group may give no row."""
     size, share = args.group_size, args.prompts_a_batch
     drawn = range(updates.start * share, updates.stop * share)
     prompts = [rollouts.prompts[i % len(rollouts.prompts)] for i in drawn for _ in range(size)]
@@ -263,9 +264,9 @@ def sample_batches(model, rollouts: Rollouts, updates: range, args) -> list[list
     groups = [rows_of_group(examples[i : i + size], rewards[i : i + size])
               for i in range(0, len(prompts), size)]
     groups = [rows for rows in groups if rows]
-    if len(groups) < len(updates):
-        raise BadInput(f"--reward {args.reward}: rewards are equal within groups")
-    return [sum(groups[i :: len(updates)], []) for i in range(len(updates))]
+    if not groups:
+        raise BadInput(f"--reward {args.reward}: equal within all groups; take other prompts")
+    return [sum(groups[i :: len(updates)] or groups[:1], []) for i in range(len(updates))]
 
 def rows_of_group(examples: list[Example], rewards: list[float]) -> list[Row]:
     """The best response against the worst; nothing where all are equal."""
@@ -335,11 +336,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--sync_every", type=count, default=1, help="k: updates between syncs; 0: never")
     add("--plain", action="store_true", help="the baseline: no clipping, no syncing")
     add("--beta", type=positive, default=0.1, help="inverse temperature")
-    add = parser.add_argument_group("rollouts; --data then holds prompts").add_argument
-    add("--sample_every", type=count, default=0, help="n: updates between them; 0: never")
+    add = parser.add_argument_group("rollouts: none without --sample_every").add_argument
+    add("--sample_every", type=count, default=0, help="updates between; --data: prompts. 0: never")
     add("--reward", help="FILE.py:FUNCTION; without --sample_every it scores the evaluation only")
-    add("--group_size", type=number(1, kind=int), default=8, help="responses sampled to a prompt")
-    add("--temperature", type=positive, default=0.7, help="of samples, log-probs")
+    add("--group_size", type=number(1, kind=int), default=8, help="samples of a prompt, if online")
+    add("--temperature", type=positive, default=0.7, help="of samples and their log-probs")
     add("--max_new_tokens", type=size, default=512, help="of a response (*)")
     add("--gen_batch", type=size, default=128, help="responses at once (*)")
     add = parser.add_argument_group("training").add_argument
@@ -347,7 +348,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--epochs", type=size, default=1, help="passes over the data (*)")
     add("--batch_size", type=size, default=32, help="pairs of an update")
     add("--micro_tokens", type=size, default=4096, help="of a forward (*)")
-    add("--lr", type=number(0, 1), default=1e-6, help="after the warm-up; LoRA: ten times more (*)")
+    add("--lr", type=number(0, 1), default=1e-6, help="after warm-up; LoRA wants 10 times more (*)")
     add("--lr_decay", action="store_true", help="linear, to 0 after the last update")
     add("--warmup", type=count, default=10, help="updates (*)")
     add("--max_grad_norm", type=positive, default=1.0, help="bound of the gradient (*)")
@@ -357,7 +358,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
     add("--seed", type=number(-1, 2**32, int), default=0, help="of order and draws")
     args = parser.parse_args(argv)
-    args.prompts_a_batch = args.batch_size  # at least: a group gives one pair or none
+    args.prompts_a_batch = args.batch_size  # at most as many pairs: a group gives one or none
     if args.plain:
         args.humanline, args.sync_every = "off", 0
     return args
@@ -400,20 +401,21 @@ def load_reward(name: str | None) -> Callable:
         return getattr(importlib.import_module(Path(path).stem), function)
 
 def identity(rows: list[Row], steps: int, args) -> dict:
-    """What a resumed run has in common with the one before: its tokens and all flags but those that
+    """What a resumed run has in common with the one before: its data and all flags but those that
     only cut, save or show. --steps and --epochs are not among these: --lr_decay depends on them."""
     free = {"resume", "overwrite", "output_dir", "micro_tokens", "gen_batch", "save_every",
             "eval_every", "activation_checkpointing", "device"}
     ids = b"".join(example.ids.numpy().tobytes() for row in rows for example in row.examples)
+    data = zlib.crc32(repr([row[1:] for row in rows]).encode(), zlib.crc32(ids))
     run = {name: value for name, value in vars(args).items() if name not in free}
-    return run | {"script": Path(__file__).name, "updates": steps, "data_crc32": zlib.crc32(ids)}
+    return run | {"script": Path(__file__).name, "updates": steps, "data_crc32": data}
 
 def main(args: argparse.Namespace) -> None:
     """Train. Raises BadInput where it cannot."""
     folder, k, n = Path(args.output_dir), args.sync_every, args.sample_every
     checkpoint, log_file = folder / "checkpoint.pt", folder / "metrics.jsonl"
-    if folder.exists() and any(folder.iterdir()) and not (args.resume or args.overwrite):
-        raise BadInput(f"--output_dir {folder} is not empty; add --resume or --overwrite")
+    if folder.is_file() or any(folder.glob("*")) and not (args.resume or args.overwrite):
+        raise BadInput(f"--output_dir {folder} is no empty folder; add --resume or --overwrite")
     reward = load_reward(args.reward) if args.reward or n else None
     torch.manual_seed(args.seed)
     model, tokenizer, saved = load_policy(args)
@@ -440,14 +442,14 @@ def main(args: argparse.Namespace) -> None:
             other = {name: then.get(name) for name in run if run[name] != then.get(name)}
             if other:
                 raise BadInput(f"it ran with {other}; take the same, or begin with --overwrite")
+            log_file.open("r+").truncate(state["log_bytes"])  # forget what came after it
         model.load_state_dict(state["model"], strict=False)
         optimizer.load_state_dict(state["optimizer"])
         done, window, eval_rows = state["step"], deque(state["window"]), state["eval"]
         queue = deque(state["queue"] if n else batches[done + len(window) :])
-        log_file.open("r+").truncate(state["log_bytes"])  # forget what came after it
     else:
-        checkpoint.unlink(missing_ok=True)
-        log_file.unlink(missing_ok=True)
+        for old in filter(Path.exists, (checkpoint, log_file)):
+            old.unlink()
         shutil.rmtree(folder / "final", ignore_errors=True)
         done, queue = 0, deque(batches)
         eval_rows = [] if n else score(model, eval_rows, args)
@@ -471,15 +473,14 @@ def main(args: argparse.Namespace) -> None:
         decay = (steps + 1 - step) / max(1, steps + 1 - args.warmup) if args.lr_decay else 1
         lr = optimizer.param_groups[0]["lr"] = args.lr * min(1, step / max(1, args.warmup), decay)
         # Humanline syncing. When its k batches are used up, the window is filled anew: the policy
-        # as it still is, before this update, scores the next k batches and so is their reference,
-        # which lags one update. Scored after it they would meet that same policy: with k = 1 all
-        # log-ratios would be 0 and nothing ever clipped.
+        # as it still is, before this update, (online: writes and) scores the next k batches and so
+        # is their reference, which lags one update. Scored after it they would meet that same
+        # policy: with k = 1 all log-ratios would be 0 and nothing ever clipped.
         if k > 0 and not window:
             window = next_window(model, queue, rollouts, upcoming, args)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        if k == 0 and not window:  # the online baseline: with n = 1 it is exactly on-policy, all
-            # log-ratios are 0 and the loss is constant, but its gradient is not 0
+        if k == 0 and not window:  # the online baseline; n = 1: log-ratios are 0, gradients are not
             window = next_window(model, queue, rollouts, upcoming, args)
         seconds = time.perf_counter() - started
         metrics |= {"grad_norm": norm, "lr": lr, "seconds": seconds,
