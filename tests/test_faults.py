@@ -196,18 +196,25 @@ def test_resume_of_another_run_is_refused(run, data, tmp_path):
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
 
 
-@pytest.mark.parametrize("change", ["a letter", "a row less", "another order"])
+@pytest.mark.parametrize("change", ["a letter", "a label", "a row less", "another order"])
 def test_resume_with_other_data_is_refused(script, run, data, tmp_path, change):
-    """In the same file; a checksum of the token ids finds it, at the same number of rows too."""
+    """In the same file; a checksum of token ids, labels and rewards finds it, at the same number of rows too."""
     path = tmp_path / "rows.jsonl"
     rows = data[script.__name__.removeprefix("humanline_")].read_text().splitlines(keepends=True)
     path.write_text("".join(rows))
     run(script, "--data", path, "--eval_size", 0)
-    seen = [line for line in rows if '"prompt": "' in line]
-    assert len(seen) == 48
     if change == "a letter":
         at = rows[20].index('"prompt": "') + 11
         rows[20] = rows[20][:at] + ("a" if rows[20][at] != "a" else "b") + rows[20][at + 1 :]
+    if change == "a label":
+        row = json.loads(rows[20])
+        if script is humanline_dpo:
+            row["chosen"], row["rejected"] = row["rejected"], row["chosen"]
+        elif script is humanline_kto:
+            row["label"] = not row["label"]
+        else:
+            row["rewards"][1] += 1e-6
+        rows[20] = json.dumps(row) + "\n"
     path.write_text("".join(rows[:-1] if change == "a row less" else rows[::-1] if change == "another order" else rows))
     assert "it ran with {'data_crc32': " in refused(run, script, "--data", path, "--eval_size", 0)
 
@@ -298,7 +305,7 @@ def test_overwrite_leaves_nothing_of_the_run_before(script, run, tmp_path, monke
 def test_an_output_folder_that_is_empty_is_taken(script, run, tmp_path):
     (tmp_path / "run").mkdir()
     assert len(run(script, "--steps", 1)) == 2
-    with pytest.raises(BadInput, match="--output_dir .*run is not empty; add --resume or --overwrite"):
+    with pytest.raises(BadInput, match="--output_dir .*run is no empty folder; add --resume or --overwrite"):
         run(script, "--steps", 1)
 
 

@@ -171,10 +171,18 @@ def test_prompts_come_in_turn_and_held_out_ones_never(script, online, spy, tmp_p
 
 
 @pytest.mark.parametrize("script", [dpo, kto])
-def test_fewer_groups_than_updates_end_with_an_error(script, online):
-    """Half of the prompts of four updates give a row: two for DPO with a batch of one pair."""
-    with pytest.raises(BadInput, match="--reward .*:half: rewards are equal within groups"):
-        online(script, "--sample_every", 4, "--batch_size", 4 if script is kto else 1, "--eval_size", 0, reward="half")
+def test_no_update_is_empty(script, online, spy, tmp_path):
+    """Of 24 prompts for 24 updates half give rows; an update without any takes the first group's. KTO: one prompt
+    alone has no mismatched pairs, so that ẑ0 is 0."""
+    seen = spy(script)
+    more = ("--sample_every", 24, "--steps", 24, "--batch_size", 4 if script is kto else 1, "--eval_size", 0)
+    lines = online(script, *more, "--lr", 1e-2, reward="half")
+    ((prompts, _, columns, _),) = lines_of(tmp_path / "calls.jsonl")
+    drawn = [prompt for prompt, number in zip(prompts[::4], columns["answer"][::4]) if int(number) % 2 == 0]
+    tokenizer = toy_world.make_tokenizer()
+    trained = [tokenizer.decode(examples[0].prompt[1:-2]) for examples, _, _ in seen]
+    assert len(drawn) == 12 and trained == drawn + drawn[:1] * 12
+    assert script is dpo or all(line["kl"] == 0 for line in lines[1:])
 
 
 @pytest.mark.parametrize("epochs", [1, 2])
@@ -388,7 +396,7 @@ def test_rewards_that_fail_are_named(online, reward, words):
 
 @pytest.mark.parametrize("script", [dpo, kto])
 def test_equal_rewards_end_with_an_error(script, online):
-    with pytest.raises(BadInput, match="rewards are equal within groups"):
+    with pytest.raises(BadInput, match="--reward .*:equal: equal within all groups; take other prompts"):
         online(script, reward="equal")
 
 
