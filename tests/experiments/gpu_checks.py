@@ -330,10 +330,12 @@ def too_large(args, kind: str, model: Path, more: dict) -> dict:
 
 
 def real(args) -> None:
-    file = ROOT / "tests/experiments/real_model.py"
-    if not file.exists():
-        return record(args, file.name, there="not yet")
-    process = start(args, script_process, str(file), ["--device", args.device], args.folder / "log-real")
-    process.join()
-    last = (args.folder / "log-real").read_text().splitlines()[-20:]
-    record(args, file.name, ok=process.exitcode == 0, last=last)
+    """The main table of the experiment with a real model."""
+    files = [ROOT / "tests/experiments" / name for name in ("real_model.py", "evidence.py")]
+    for file in [file for file in files if file.exists()]:
+        log = args.folder / f"log-{file.stem}"
+        process = start(args, script_process, str(file), ["--device", args.device], log)
+        process.join()
+        record(args, file.name, ok=process.exitcode == 0, last=log.read_text().splitlines()[-20:])
+    if not any(file.exists() for file in files):
+        record(args, "real model", there="not yet")

@@ -135,6 +135,7 @@ def sampling_bytes(model, batch: int, prompt: int, response: int) -> list[int]:
     """Peaks of a batch's first and last step of generation beyond weights and gradients."""
     def step(length, past, cache):
         mask = torch.ones(batch, past + length, dtype=torch.long)
+        mask[0, 0] = 0  # a shorter prompt, so that all need the mask
         out = model(torch.ones(batch, length, dtype=torch.long), attention_mask=mask, past_key_values=cache,
                     use_cache=True, logits_to_keep=1)
         torch.multinomial(out.logits[:, -1].float().div(0.7).softmax(-1), 1)
