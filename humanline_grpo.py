@@ -33,7 +33,6 @@ response); M_P, M_R per response; the reference lags on one GPU too; k starts an
 """
 
 import argparse
-import functools
 import importlib
 import itertools
 import json
@@ -201,7 +200,7 @@ def read_file(source: str) -> Iterator[tuple[int, dict]]:
     if source.endswith((".jsonl", ".json")):
         for number, line in enumerate(open(source, "rb"), 1):
             with errors_in(f"line {number} is no JSON object"):
-                yield number, dict(json.loads(line))
+                yield number, {**json.loads(line)}
     elif source.endswith(".parquet"):
         yield from enumerate(load_dataset("parquet", data_files=source, split="train"), 1)
     else:
@@ -331,10 +330,9 @@ def math_reward(prompts, completions, answer, **columns) -> list[float]:
     texts = [text if isinstance(text, str) else text[-1]["content"] for text in completions]
     return [float(verify(final_answer(g, True), final_answer(x))) for g, x in zip(answer, texts)]
 
-@functools.lru_cache(maxsize=4096)
 def final_answer(text, gold=False) -> list:
     """As math-verify reads it: the last \\boxed{}, what follows the last ####, else the text, after
-    any thought. A word stays a word: as mathematics, "on" is o times n and equals "no"."""
+    any thought. A word or a date stays one: as mathematics, "on" is o times n, so it is "no"."""
     from math_verify import parse
     text = ("" if text is None else str(text)).rpartition("</think>")[2]
     text = "" if "<think>" in text else text  # a thought without an end
@@ -345,8 +343,9 @@ def final_answer(text, gold=False) -> list:
         rest = re.sub(r"(?i)\*|(the )?(final )?answer( is)?:?", "", text.rpartition("####")[2])
         line = rest.strip().partition("\n")[0]
         answer = line if re.search(r"\d.*\s[A-Za-z]{2}", line) else f"\\boxed{{{line}}}"
-    word = re.fullmatch(r"\\boxed\{(?:\\text\{)?\W*([A-Za-z]{2,})\W*", answer)
-    return [word[1].lower()] if word else parse(answer)
+    plain = re.sub(r"\\(?:text|math)\w*\{([^{}]*)\}", r"\1", answer)
+    word = re.match(r"\\boxed\{[ (*]*([A-Za-z]{2}[A-Za-z ]*|\d{4}-\d\d-\d\d)[ .)*]*\}", plain)
+    return [word[1].strip().lower()] if word else parse(answer)
 
 def usable(row: dict) -> bool:
     """Whether a row's answer can be read; others are dropped. "proof" means that there is none."""
@@ -420,10 +419,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--plain", action="store_true", help="the baseline: no clipping, no syncing")
     add("--epsilon", type=positive, default=0.2, help="PPO's clip of the ratio (*)")
     add("--beta", type=number(0, equal=True), default=1e-4, help="of the KL estimate")
-    add = parser.add_argument_group("rollouts; --data then holds prompts").add_argument
-    add("--sample_every", type=count, default=0, help="n: updates between them; 0: never")
+    add = parser.add_argument_group("rollouts: none without --sample_every").add_argument
+    add("--sample_every", type=count, default=0, help="updates between; --data: prompts. 0: never")
     add("--reward", help="FILE.py:FUNCTION; without --sample_every it scores the evaluation only")
-    add("--group_size", type=number(1, kind=int), default=8, help="responses sampled to a prompt")
+    add("--group_size", type=number(1, kind=int), default=8, help="samples of a prompt, if online")
     add("--temperature", type=positive, default=0.7, help="of samples and their log-probs")
     add("--max_new_tokens", type=size, default=512, help="of a response (*)")
     add("--gen_batch", type=size, default=128, help="responses at once (*)")
@@ -498,8 +497,8 @@ def main(args: argparse.Namespace) -> None:
     """Train. Raises BadInput where it cannot."""
     folder, k, n = Path(args.output_dir), args.sync_every, args.sample_every
     checkpoint, log_file = folder / "checkpoint.pt", folder / "metrics.jsonl"
-    if folder.exists() and any(folder.iterdir()) and not (args.resume or args.overwrite):
-        raise BadInput(f"--output_dir {folder} is not empty; add --resume or --overwrite")
+    if folder.is_file() or any(folder.glob("*")) and not (args.resume or args.overwrite):
+        raise BadInput(f"--output_dir {folder} is no empty folder; add --resume or --overwrite")
     reward = load_reward(args.reward) if args.reward or n else None
     torch.manual_seed(args.seed)
     model, tokenizer, saved = load_policy(args)
@@ -532,8 +531,8 @@ def main(args: argparse.Namespace) -> None:
         done, window, eval_rows = state["step"], deque(state["window"]), state["eval"]
         queue = deque(state["queue"] if n else batches[done + len(window) :])
     else:
-        checkpoint.unlink(missing_ok=True)
-        log_file.unlink(missing_ok=True)
+        for old in filter(Path.exists, (checkpoint, log_file)):
+            old.unlink()
         shutil.rmtree(folder / "final", ignore_errors=True)
         done, queue = 0, deque(batches)
         eval_rows = [] if n else score(model, eval_rows, args)

@@ -183,7 +183,7 @@ def read_file(source: str) -> Iterator[tuple[int, dict]]:
     if source.endswith((".jsonl", ".json")):
         for number, line in enumerate(open(source, "rb"), 1):
             with errors_in(f"line {number} is no JSON object"):
-                yield number, dict(json.loads(line))
+                yield number, {**json.loads(line)}
     elif source.endswith(".parquet"):
         yield from enumerate(load_dataset("parquet", data_files=source, split="train"), 1)
     else:
@@ -370,10 +370,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--beta", type=positive, default=0.1, help="of the value")
     add("--desirable_weight", type=positive, default=1.0, help="λ_D (*)")
     add("--undesirable_weight", type=positive, default=1.0, help="λ_U")
-    add = parser.add_argument_group("rollouts; --data then holds prompts").add_argument
-    add("--sample_every", type=count, default=0, help="n: updates between them; 0: never")
+    add = parser.add_argument_group("rollouts: none without --sample_every").add_argument
+    add("--sample_every", type=count, default=0, help="updates between; --data: prompts. 0: never")
     add("--reward", help="FILE.py:FUNCTION; without --sample_every it scores the evaluation only")
-    add("--group_size", type=number(1, kind=int), default=8, help="responses sampled to a prompt")
+    add("--group_size", type=number(1, kind=int), default=8, help="samples of a prompt, if online")
     add("--temperature", type=positive, default=0.7, help="of samples and their log-probs")
     add("--max_new_tokens", type=size, default=512, help="of a response (*)")
     add("--gen_batch", type=size, default=128, help="responses at once (*)")
@@ -448,8 +448,8 @@ def main(args: argparse.Namespace) -> None:
     """Train. Raises BadInput where it cannot."""
     folder, k, n = Path(args.output_dir), args.sync_every, args.sample_every
     checkpoint, log_file = folder / "checkpoint.pt", folder / "metrics.jsonl"
-    if folder.exists() and any(folder.iterdir()) and not (args.resume or args.overwrite):
-        raise BadInput(f"--output_dir {folder} is not empty; add --resume or --overwrite")
+    if folder.is_file() or any(folder.glob("*")) and not (args.resume or args.overwrite):
+        raise BadInput(f"--output_dir {folder} is no empty folder; add --resume or --overwrite")
     reward = load_reward(args.reward) if args.reward or n else None
     torch.manual_seed(args.seed)
     model, tokenizer, saved = load_policy(args)
@@ -482,8 +482,8 @@ def main(args: argparse.Namespace) -> None:
         done, window, eval_rows = state["step"], deque(state["window"]), state["eval"]
         queue = deque(state["queue"] if n else batches[done + len(window) :])
     else:
-        checkpoint.unlink(missing_ok=True)
-        log_file.unlink(missing_ok=True)
+        for old in filter(Path.exists, (checkpoint, log_file)):
+            old.unlink()
         shutil.rmtree(folder / "final", ignore_errors=True)
         done, queue = 0, deque(batches)
         eval_rows = [] if n else score(model, eval_rows, args)
