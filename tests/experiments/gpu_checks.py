@@ -32,10 +32,9 @@ import memory  # noqa: E402
 import toy_world  # noqa: E402
 
 TINY = ("qwen2", 512, 64, 96, 3, 2, 1, True)  # as memory.SHAPES
-# Gemma with a window that is full and capped logits; tied to scaled embeddings, they are large: smaller weights.
+# Gemma with a window that is full; its logits, tied to scaled embeddings, are large: smaller weights.
 FAMILIES = {"llama": {}, "qwen2": {}, "gemma3_text": {
-    "head_dim": 32, "sliding_window": 32, "final_logit_softcapping": 30.0, "query_pre_attn_scalar": 32,
-    "initializer_range": 0.01}}
+    "head_dim": 32, "sliding_window": 32, "query_pre_attn_scalar": 32, "initializer_range": 0.01}}
 
 
 # --- what all steps use -------------------------------------------------------------------------------------
@@ -126,8 +125,10 @@ def train(kind: str, argv: list[str], model=None) -> list[dict]:
     script, stack = importlib.import_module(f"humanline_{kind}"), contextlib.ExitStack()
     with stack:
         if model is not None:
+            info = dict.fromkeys(("missing_keys", "unexpected_keys", "mismatched_keys"), [])
+
             def load(*_, output_loading_info=False, **__):
-                return (model, {"missing_keys": []}) if output_loading_info else model
+                return (model, info) if output_loading_info else model
 
             stack.enter_context(mock.patch.object(AutoModelForCausalLM, "from_pretrained", load))
             stack.enter_context(mock.patch.object(type(model), "save_pretrained", lambda *_, **__: None))
@@ -194,6 +195,10 @@ def family_of(name: str, args):
     return config
 
 
+def example_of(ids: list[int], prompt_len: int):
+    return common.Example(torch.tensor(ids, dtype=torch.int32), prompt_len)
+
+
 def logps_and_gradient(logps_of, model, examples: list) -> tuple:
     """Log-probs of all response tokens, and the gradient of a sum of them with random factors, both on the CPU."""
     model.zero_grad()
@@ -207,9 +212,10 @@ def logps_and_gradient(logps_of, model, examples: list) -> tuple:
 def from_logits(model, examples: list):
     """The definition: one sequence at a time, all logits."""
     found = []
-    for ids, cut in examples:
-        logits = model(torch.tensor([ids[:-1]])).logits[0, cut - 1 :]  # (T, V)
-        found.append(logits.log_softmax(-1)[torch.arange(len(ids) - cut), ids[cut:]])
+    for example in examples:
+        ids, cut = example.ids.long(), example.prompt_len
+        logits = model(ids[None, :-1]).logits[0, cut - 1 :]  # (T, V)
+        found.append(logits.log_softmax(-1).gather(1, ids[cut:, None])[:, 0])
     return torch.cat(found)
 
 
@@ -229,7 +235,7 @@ def right(args) -> None:
         attempt(args, name, check_family, args, name, longest)
     weight, hidden = (torch.randn(n, 512, device=args.device).bfloat16() for n in (32_064, 256))
     product = weight.float() @ hidden.float().T
-    error = (common.head_logits(weight, hidden, 0) - product).abs().max() / product.abs().max()
+    error = (common.head_logits(weight, hidden) - product).abs().max() / product.abs().max()
     # Not rounded to bf16 on CUDA; on a CPU it is.
     record(args, "head: bf16 product with float32 out", **within(error.item(), 1e-4 if cuda else 2**-8))
     folder, more = save(args, family_of("qwen2", args)), {"batch_size": 8, "max_length": 2 * longest}
@@ -245,7 +251,7 @@ def right(args) -> None:
 def check_family(args, name: str, longest: int) -> dict:
     """Largest and mean error of log-probs, nats, and of the gradient, relative."""
     model, rng = random_model(family_of(name, args), args), random.Random(0)
-    examples = [common.Example(rng.choices(range(331), k=rng.randint(longest // 2, longest)), 9) for _ in range(6)]
+    examples = [example_of(rng.choices(range(331), k=rng.randint(longest // 2, longest)), 9) for _ in range(6)]
     exact = logps_and_gradient(from_logits, copy.deepcopy(model).cpu().double(), examples)
     single = logps_and_gradient(float32, model, examples)
     half = logps_and_gradient(bf16, model, examples)
@@ -330,10 +336,12 @@ def too_large(args, kind: str, model: Path, more: dict) -> dict:
 
 
 def real(args) -> None:
-    file = ROOT / "tests/experiments/real_model.py"
-    if not file.exists():
-        return record(args, file.name, there="not yet")
-    process = start(args, script_process, str(file), ["--device", args.device], args.folder / "log-real")
-    process.join()
-    last = (args.folder / "log-real").read_text().splitlines()[-20:]
-    record(args, file.name, ok=process.exitcode == 0, last=last)
+    """The main table of the experiment with a real model."""
+    files = [ROOT / "tests/experiments" / name for name in ("real_model.py", "evidence.py")]
+    for file in [file for file in files if file.exists()]:
+        log = args.folder / f"log-{file.stem}"
+        process = start(args, script_process, str(file), ["--device", args.device], log)
+        process.join()
+        record(args, file.name, ok=process.exitcode == 0, last=log.read_text().splitlines()[-20:])
+    if not any(file.exists() for file in files):
+        record(args, "real model", there="not yet")

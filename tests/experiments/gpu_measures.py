@@ -16,7 +16,8 @@ import transformers
 import common
 import memory
 import toy_world
-from gpu_checks import attempt, bf16, flags_for, now, random_model, record, save, shape_of, train, write_rows
+from gpu_checks import attempt, bf16, example_of, flags_for, now, random_model, record, save, shape_of, train
+from gpu_checks import write_rows
 
 
 # --- memory ----------------------------------------------------------------------------------------------------
@@ -56,7 +57,7 @@ def memory_of(args, size: str) -> dict:
         if checkpointed:
             memory.checkpoint(model)
         if cuda:
-            examples, logps = [common.Example([1] * (8 + length), 8)] * rows, []
+            examples, logps = [example_of([1] * (8 + length), 8)] * rows, []
             found = [peak_of(lambda: logps.append(bf16(model, examples)))]
             found.append(peak_of(lambda: logps.pop().sum().backward()))
         else:
@@ -162,18 +163,27 @@ def train_trl(args, kind: str, path: Path, batch: int, per_device: int, model) -
     if args.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     rows = rows[: 4 * batch // (1 if kind == "dpo" else 4)]
-    as_messages, own, more = common.as_messages, {"max_length": 4096}, {}
-    columns = ("prompt", "chosen", "rejected") if kind == "dpo" else ("prompt",)
-    data = [{name: as_messages(row[name], "user" if name == "prompt" else "assistant", name) for name in columns}
-            for row in rows]
-    examples = [common.encode(tokenizer, row["prompt"], text, 4096)
-                for row in rows for text in row.get("completions", [row.get("chosen"), row.get("rejected")])]
+    own, more = {"max_length": 4096}, {}
+
+    def message(role, text):
+        return [{"role": role, "content": text}]
+
+    def ids_of(text):
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    examples = []  # of the prompt and of the response
+    for row in rows:
+        for text in row["completions"] if kind == "grpo" else (row["chosen"], row["rejected"]):
+            examples.append((ids_of(f"<|user|>{row['prompt']}<|end|><|assistant|>"), ids_of(f"{text}<|end|>")))
     given = iter(examples)
+    data = [{"prompt": message("user", row["prompt"])} for row in rows]
+    if kind == "dpo":
+        data = [columns | {name: message("assistant", row[name]) for name in ("chosen", "rejected")}
+                for columns, row in zip(data, rows)]
 
     def rollout(prompts, trainer):
-        some = [next(given) for _ in prompts]  # they are asked for in order
-        return {"prompt_ids": [ids[:cut] for ids, cut in some], "completion_ids": [ids[cut:] for ids, cut in some],
-                "logprobs": None}
+        prompt_ids, completion_ids = zip(*(next(given) for _ in prompts))  # they are asked for in order
+        return {"prompt_ids": list(prompt_ids), "completion_ids": list(completion_ids), "logprobs": None}
 
     if kind == "grpo":
         own = {"num_generations": 4, "max_completion_length": 4096, "beta": 1e-4, "shuffle_dataset": False}
@@ -196,7 +206,7 @@ def train_trl(args, kind: str, path: Path, batch: int, per_device: int, model) -
     trainer.add_callback(Clock())
     trainer.train()
     seconds = statistics.median(end - begin for begin, end in zip(ended, ended[1:]))
-    tokens = sum(len(ids) for ids, _ in examples) / 4
+    tokens = sum(len(prompt) + len(response) for prompt, response in examples) / 4
     return {"tokens/s": tokens / seconds, "GiB": peak_gib(args), "seconds": seconds}
 
 
@@ -256,7 +266,7 @@ def sampling(args) -> None:
     def sample(batch, tokens):
         started = now(args)
         examples, _ = common.sample_responses(model, tokenizer, [[5] * prompt] * batch, tokens, 1.0, batch)
-        return sum(len(ids) - cut for ids, cut in examples) / (now(args) - started)
+        return sum(len(e.ids) - e.prompt_len for e in examples) / (now(args) - started)
 
     def run(batch):
         sample(batch, 2)

@@ -7,7 +7,7 @@ The real code runs, common.py's response_logps and its backward pass under bf16 
 a shape and no data (FakeTensorMode). Every operation tells which storages it makes; we count a storage from its
 birth until Python and autograd have let go of it, and keep the peak. To the peak come 16 bytes a parameter: float32
 weights, gradients and AdamW's two averages (fused: no temporaries). The weights' bf16 copies, 2 bytes more, are in
-the peak: autocast's in an update, weights_as's in sampling. So is all that the head makes.
+the peak: autocast's in an update, the sampler's in sampling. So is all that the head makes.
 
 The layers of these models are alike, so we trace two and three of them and go on in a straight line, each phase for
 itself; a test does the same with real tensors and all layers. An update is traced at three sizes, with rows of 2 H
@@ -114,7 +114,8 @@ def make_model(config, checkpointed: bool = False):
 
 def update_bytes(model, rows: int, length: int) -> list[int]:
     """Peaks of a micro-batch's forward pass, backward pass and embedding's gradient, beyond weights and gradients."""
-    examples = [common.Example([1] * (8 + length), 8)] * rows  # a prompt of 8 tokens, then the response
+    ids = torch.ones(8 + length, dtype=torch.int32)  # a prompt of 8 tokens, then the response
+    examples = [common.Example(ids, 8)] * rows
     known = [x for weight in model.parameters() for x in (weight, weight.grad)]
     with Live(known) as live:
         def embedded(module, inputs, out):
@@ -135,15 +136,19 @@ def sampling_bytes(model, batch: int, prompt: int, response: int) -> list[int]:
     """Peaks of a batch's first and last step of generation beyond weights and gradients."""
     def step(length, past, cache):
         mask = torch.ones(batch, past + length, dtype=torch.long)
-        out = model(torch.ones(batch, length, dtype=torch.long), attention_mask=mask, past_key_values=cache,
-                    use_cache=True, logits_to_keep=1)
+        mask[0, 0] = 0  # a shorter prompt, so that all need the mask
+        out = sampler(torch.ones(batch, length, dtype=torch.long), attention_mask=mask, past_key_values=cache,
+                      use_cache=True, logits_to_keep=1)
         torch.multinomial(out.logits[:, -1].float().div(0.7).softmax(-1), 1)
 
     peaks = []
     for past, length in ((0, prompt), (prompt + response - 1, 1)):
         cache = DynamicCache(config=model.config)
         known = [x for weight in model.parameters() for x in (weight, weight.grad)]
-        with Live(known) as live, common.weights_as(model, torch.bfloat16):
+        with Live(known) as live:
+            memo = {id(buffer): buffer for buffer in model.buffers()}  # of tensors without data there is no deepcopy
+            memo |= {id(w): torch.nn.Parameter(w.to(torch.bfloat16), False) for w in model.parameters()}
+            sampler = copy.deepcopy(model, memo)  # as sample_responses does
             if past:  # grow the cache by a forward pass that does not count
                 step(past, 0, cache)
                 live.peak = live.now
