@@ -1,12 +1,13 @@
 """Tokenization and log-probabilities: all that the three scripts import.
 
-Shapes: B responses, T tokens of the longest, N tokens of all of them, L tokens of a padded row (a
-prompt and one response, or several), H hidden size, V vocabulary. Log-probabilities are in nats.
+Shapes: B responses, T tokens of the longest, N tokens of all of them, L tokens of a padded prompt
+and response, H hidden size, V vocabulary. Log-probabilities are in nats.
 """
 
 import contextlib
-import functools
+import copy
 import itertools
+import re
 from typing import NamedTuple
 
 import torch
@@ -19,12 +20,12 @@ from transformers import GenerationConfig
 # and tokens of padding that are cheaper than one more micro-batch. CUDA's numbers are guesses.
 BLOCK_BYTES = {"cpu": 2**22, "cuda": 2**28}
 MAX_PADDING = {"cpu": 64, "cuda": 512}
-ROLES = ("system", "developer", "user", "assistant", "tool")
-
+# Weights of generate. Under autocast keys are float32, and so is the cache: twice as large.
+SAMPLING_DTYPE = {"cpu": torch.float32, "cuda": torch.bfloat16}
+SYSTEM = ("system", "developer")
 
 class BadInput(ValueError):
     """An input that cannot be used: one line that says where, what, and what to do about it."""
-
 
 @contextlib.contextmanager
 def errors_in(where: str):
@@ -32,276 +33,253 @@ def errors_in(where: str):
     try:
         yield
     except Exception as error:
-        words = (str(error.__cause__ or error) or repr(error)).split()
+        words = (str(error) or repr(error)).split()
         raise BadInput(f"{where}: {' '.join(words)}") from error
 
-
 class Example(NamedTuple):
-    """A tokenized prompt and response: ids[:prompt_len] is read, ids[prompt_len:] is trained."""
+    """A tokenized prompt, which is read, and response, which is trained."""
 
-    ids: list[int]
+    ids: Tensor  # (length,) int32, of both
     prompt_len: int
+    cut: bool = False  # the response, at --max_length
+
+    @property
+    def prompt(self) -> tuple[int, ...]:
+        return tuple(self.ids[: self.prompt_len].tolist())
+
+    @property
+    def response(self) -> list[int]:
+        return self.ids[self.prompt_len :].tolist()
 
 
-# --- Tokenization: a response is what generation would have produced after the prompt ------------
-
-
+# === Tokenization: a response is what generation would have produced after the prompt ===
 def as_messages(value: str | list[dict], role: str, name: str) -> list[dict]:
-    """A text or messages as messages of role and content. Raises BadInput for anything else."""
-    if value is None:
-        raise BadInput(f"{name} is null or missing; give it a text or drop the row")
-    messages = value if isinstance(value, list) else [{"role": role, "content": value}]
-    for m in messages:
-        if not isinstance(m, dict) or m.get("role") not in ROLES or type(m.get("content")) != str:
-            raise BadInput(f"{name} is no text, nor messages with a role and a text: {m!r:.60}")
-        if m["content"] != m["content"].encode(errors="ignore").decode():
-            raise BadInput(f"{name} has a lone surrogate, no character; write the file as UTF-8")
-    if not messages or not messages[-1]["content"].strip():
+    """A text, or messages, as messages with all their keys that are not null."""
+    messages = []
+    for m in value if isinstance(value, list) else [{"role": role, "content": value}]:
+        m = {key: x for key, x in m.items() if x is not None} if isinstance(m, dict) else {}
+        m.setdefault("content", "" if m.get("tool_calls") else None)
+        if not isinstance(m.get("role"), str) or not isinstance(m["content"], str):
+            raise BadInput(f"{name} is no text, nor messages with a role and a text: {value!r:.60}")
+        messages.append(m)
+    if not messages or not (messages[-1]["content"].strip() or messages[-1].get("tool_calls")):
         raise BadInput(f"{name} is empty; give it a text or drop the row")
-    return [{"role": m["role"], "content": m["content"]} for m in messages]
-
+    return messages
 
 def prompt_in(row: dict) -> str | list[dict] | None:
-    """A data row's prompt: what stands before the last message of a dialogue, else a column."""
-    if isinstance(row.get("chosen"), list) and len(row["chosen"]) > 1:
-        return row["chosen"][:-1]
+    """A data row's prompt: of the first column that has one."""
     return next((row[name] for name in ("prompt", "question", "problem") if row.get(name)), None)
 
+def dialogue_in(row: dict, name: str | None, system: str | None) -> list[dict]:
+    """A data row's messages: the system message (the row's own, else `system`), the prompt, and
+    those of column `name`, which may bring the prompt, or the end of it, once more."""
+    messages = as_messages(prompt_in(row), "user", "the prompt") if prompt_in(row) else []
+    more = as_messages(row.get(name), "assistant", name) if name else []
+    if messages and more and more[0]["role"] != "assistant":
+        brought = messages[-1] in more
+        messages = [m for m in messages if m not in more]
+        if not brought or messages and more[0]["role"] in SYSTEM:
+            raise BadInput(f"the prompt and {name} begin differently; drop one beginning")
+    messages += more
+    if len(messages) < (2 if more else 1):
+        raise BadInput("there is no prompt; give a column prompt, or whole dialogues as messages")
+    system = row.get("system") or system
+    if system and messages[0]["role"] not in SYSTEM:
+        messages.insert(0, {"role": "system", "content": system})
+    if (messages[-1]["role"] == "assistant") != bool(name):
+        raise BadInput(f"{name or 'the prompt'} ends with a message of role {messages[-1]['role']}")
+    return messages
 
-def render(tokenizer, messages: list[dict], **options) -> str:
-    with errors_in("the chat template does not take these messages"):
-        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
-
-
-def tokenize(tokenizer, text: str, raw=False) -> list[int]:
-    """Templates write their special tokens themselves; raw text gets the tokenizer's BOS, once."""
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    wanted = raw and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id != ids[0]
-    return [tokenizer.bos_token_id, *ids] if wanted else ids
-
-
-@functools.lru_cache(maxsize=8)
-def end_of_turn(tokenizer, template: str) -> tuple[str, list[int]]:
+def end_of_turn(tokenizer) -> tuple[str, list[int]]:
     """What the chat template puts after an answer: the text, and the tokens that end a response:
     the leading run of special tokens (two in Cohere 2), else the tokenizer's EOS."""
-    if not template:
+    if not tokenizer.chat_template:
         return "", [tokenizer.eos_token_id]
-    user, answer = {"role": "user", "content": "Q?"}, "An answer."
-    text = render(tokenizer, [user, {"role": "assistant", "content": answer}])
-    if answer not in text:
-        raise BadInput("the chat template leaves out a string's text; use a text template")
-    tail = text.rpartition(answer)[2]
+    dialogue = [{"role": "user", "content": "Q?"}, {"role": "assistant", "content": "An answer."}]
+    tail = tokenizer.apply_chat_template(dialogue, tokenize=False).rpartition("An answer.")[2]
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     # Qwen and Gemma put "\n" after the special token, which sampling never produces.
-    end = itertools.takewhile(special.__contains__, tokenize(tokenizer, tail))
-    return tail, list(end) or [tokenizer.eos_token_id]
+    ids = tokenizer(tail, add_special_tokens=False)["input_ids"]
+    end = [*itertools.takewhile(lambda token: token in special, ids)]
+    return tail, end or [tokenizer.eos_token_id]
 
+def encode(tokenizer, row: dict, name: str | None, args) -> Example | None:
+    """The prompt of a data row and the response in column `name` (None: no response) as tokens.
 
-def encode_prompt(tokenizer, prompt: str | list[dict], raw=False, system=None) -> tuple:
-    """A prompt, ready for generation: token ids, text, messages (None: without the chat template).
-
-    prompt: messages, or a string, which is a user message where there is a template, unless raw.
-    system: a system message to put before. Raises BadInput for an empty prompt, what is no text or
-    message, messages without a template, and what the template refuses."""
-    messages = as_messages(prompt, "user", "the prompt")
-    if messages[-1]["role"] == "assistant":
-        raise BadInput("the prompt ends with an assistant message; drop that")
-    if system:
-        messages.insert(0, {"role": "system", "content": system})
-    elif isinstance(prompt, str) and (raw or not tokenizer.chat_template):
-        return tokenize(tokenizer, prompt, raw=True), prompt, None
-    text = render(tokenizer, messages, add_generation_prompt=True)
-    return tokenize(tokenizer, text), text, messages
-
-
-def encode(tokenizer, prompt: str | list[dict] | None, response: str | list[dict], max_length: int,
-           raw=False, system=None, name="the response") -> Example | None:
-    """Token ids of a prompt and a response, at most max_length; None if the prompt leaves no room.
-
-    response: a string, an assistant message in a list, or a whole dialogue that brings its prompt.
-    It becomes what the template puts after the prompt, up to the end of turn; where that does not
-    start as the prompt does (reasoning templates), its text and the end of turn; cut, it has no
-    end. Raises BadInput as encode_prompt does, about what `name` names."""
-    *dialogue, answer = as_messages(response, "assistant", name)
-    if answer["role"] != "assistant":
-        raise BadInput(f"{name} ends with no assistant message; drop what follows it")
-    prompt_ids, before, messages = encode_prompt(tokenizer, dialogue or prompt, raw, system)
-    text, raw = answer["content"], messages is None
-    tail, end = end_of_turn(tokenizer, "" if raw else str(tokenizer.chat_template))
+    The response is what the chat template puts after the prompt, up to the end of turn; without a
+    template (--raw) both are texts. args: max_length, system_prompt, chat_template_kwargs. None if
+    the prompt leaves no room. Raises BadInput for what is no text, is empty, or is left out."""
+    messages, raw = dialogue_in(row, name, args.system_prompt), not tokenizer.chat_template
+    answer = messages.pop() if name else {"content": ""}
+    tail, end = end_of_turn(tokenizer)
+    if raw and (len(messages) > 1 or isinstance(prompt_in(row), list)):
+        raise BadInput("messages need a chat template, and there is none (--raw: it is not used)")
+    before, text = messages[0]["content"], answer["content"]
     if not raw:
-        whole = render(tokenizer, [*messages, answer])
-        if whole.startswith(before) and whole.endswith(tail):
-            text = whole[len(before) : len(whole) - len(tail)]
-    ids = tokenize(tokenizer, before + text, raw)
-    if ids[: len(prompt_ids)] == prompt_ids:
-        ids = ids[len(prompt_ids) :]
+        options = {"tokenize": False, **args.chat_template_kwargs}
+        before = tokenizer.apply_chat_template(messages, add_generation_prompt=True, **options)
+        if name:
+            whole = tokenizer.apply_chat_template([*messages, answer], **options)
+            text = response_text(before, whole.removesuffix(tail), answer)
+    for m in messages:
+        if m["role"] in (*SYSTEM, "user") and m["content"].strip() not in before:
+            raise BadInput(f"the chat template leaves out the {m['role']} message")
+    if row.get("tools"):
+        raise BadInput("the column tools is left out of the prompt; drop it, or the row")
+    prompt = tokenizer(before, add_special_tokens=raw)["input_ids"]
+    ids = tokenizer(before + text, add_special_tokens=raw)["input_ids"]
+    if ids[: len(prompt)] == prompt:
+        ids = ids[len(prompt) :]
     else:  # a token straddles the boundary; generation starts after the prompt's own tokens
-        ids = tokenize(tokenizer, text)
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     stops = {tokenizer.eos_token_id, *end}
-    ids = [*itertools.takewhile(lambda token: token not in stops, ids), *end]
-    example = Example((prompt_ids + ids)[:max_length], len(prompt_ids))
-    return example if len(prompt_ids) < max_length else None
+    ids = [*itertools.takewhile(lambda token: token not in stops, ids), *end] if name else []
+    if len(prompt) >= args.max_length:
+        return None
+    kept = torch.tensor((prompt + ids)[: args.max_length], dtype=torch.int32)
+    return Example(kept, len(prompt), cut=len(prompt + ids) > args.max_length)
 
-
-@contextlib.contextmanager
-def weights_as(model, dtype):
-    """The model with weights of another dtype; afterwards with its own. Takes the memory of both."""
-    weights = {weight: weight.data for weight in model.parameters()}
-    for weight in weights:
-        weight.data = weight.data.to(dtype)
-    yield
-    for weight, data in weights.items():
-        weight.data = data
-
+def response_text(before: str, whole: str, answer: dict) -> str:
+    """What the template puts after the prompt. Where it drops some of the answer, or does not go on
+    from the prompt (as templates of reasoning models do), the answer's own text."""
+    parts = [*re.split("</?think>", answer["content"]), answer.get("reasoning_content", "")]
+    parts += [call.get("function", call)["name"] for call in answer.get("tool_calls", [])]
+    text = whole[len(before) :]
+    if whole.startswith(before) and all(part.strip() in text for part in parts):
+        return text
+    if "reasoning_content" in answer or "tool_calls" in answer:
+        raise BadInput("the chat template leaves out the assistant's thought or tool_calls")
+    if not before.rstrip().endswith("<think>"):
+        return answer["content"]
+    thought, _, text = answer["content"].rpartition("</think>")  # the prompt opens the thought
+    return thought.replace("<think>", "", 1).lstrip() + "</think>\n\n" + text.lstrip()
 
 @torch.no_grad()
 def sample_responses(model, tokenizer, prompts: list[list[int]], max_new_tokens: int,
-                     temperature: float, batch_size: int, raw=False) -> tuple[list, list[str]]:
+                     temperature: float, batch_size: int) -> tuple[list[Example], list[str]]:
     """One response a prompt (token ids) from π_θ at a temperature (0: greedy): as Examples, with an
     end of turn unless cut off, and as texts. torch's global generator draws."""
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     eos = model.generation_config.eos_token_id  # none, one or several
-    _, end = end_of_turn(tokenizer, "" if raw else str(tokenizer.chat_template or ""))
-    stops = {tokenizer.eos_token_id, end[-1], *(eos if isinstance(eos, list) else [eos])} - {None}
-    draws = dict(do_sample=True, temperature=temperature, top_p=1.0, top_k=0) if temperature else {}
-    config = GenerationConfig(max_new_tokens=max_new_tokens, repetition_penalty=1.0, **draws,
-                              eos_token_id=sorted(stops), pad_token_id=tokenizer.pad_token_id)
-    # On CUDA in bf16. Under autocast keys are float32, and so is the cache: twice as large.
-    dtype = torch.bfloat16 if model.device.type == "cuda" else model.dtype
-    kept, training, examples = model.generation_config, model.training, []
-    model.generation_config = config  # generate fills what is unset from there: not from π_θ
-    model.eval()  # activation checkpointing, which works in training, turns the KV cache off
+    stops = {tokenizer.eos_token_id, *end_of_turn(tokenizer)[1][-1:]}
+    stops.update(eos if isinstance(eos, list) else {eos} - {None})
+    dtype, examples = SAMPLING_DTYPE[model.device.type], []
+    weights = {id(w): torch.nn.Parameter(w.to(dtype), False) for w in model.parameters()}
+    sampler = copy.deepcopy(model, weights).eval()  # deepcopy takes these weights, copies the rest
+    sampler.generation_config = GenerationConfig(  # the checkpoint's would fill in its own top_k
+        max_new_tokens=max_new_tokens, do_sample=temperature > 0, temperature=temperature or 1.0,
+        top_k=0, top_p=1.0, eos_token_id=sorted(stops), pad_token_id=tokenizer.pad_token_id)
     for start in tqdm(range(0, len(prompts), batch_size), "sampling", leave=False, delay=2):
         part = prompts[start : start + batch_size]  # padded on the left: all end alike
         inputs = tokenizer.pad({"input_ids": part}, padding_side="left", return_tensors="pt")
-        with weights_as(model, dtype):
-            out = model.generate(**inputs.to(model.device), generation_config=config)
+        out = sampler.generate(**inputs.to(model.device))
         for prompt, ids in zip(part, out[:, inputs["input_ids"].shape[1] :].tolist()):
             end = next((t + 1 for t, token in enumerate(ids) if token in stops), len(ids))
-            examples.append(Example(prompt + ids[:end], len(prompt)))
-    model.generation_config = kept
-    model.train(training)
-    responses = [e.ids[e.prompt_len :] for e in examples]
-    return examples, tokenizer.batch_decode(responses, skip_special_tokens=True)
+            ids = torch.tensor(prompt + ids[:end], dtype=torch.int32)
+            examples.append(Example(ids, len(prompt)))
+    texts = tokenizer.batch_decode([e.response for e in examples], skip_special_tokens=True)
+    return examples, texts
 
 
-# --- Log-probabilities of response tokens, without ever holding tokens × vocabulary ---------------
-
-
+# === Log-probabilities of response tokens, without ever holding tokens × vocabulary ===
 class TokenLogps(torch.autograd.Function):
     """log softmax(head(hidden))[target], one block of the vocabulary at a time. The backward
     makes its logits again. Products run in the compute dtype (bf16 in autocast), else float32."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, target, cap):
-        on, ctx.cap, lse = hidden.device.type, cap, []
+    def forward(ctx, hidden, weight, target):
+        on, lse = hidden.device.type, []
         ctx.dtype = torch.get_autocast_dtype(on) if torch.is_autocast_enabled(on) else weight.dtype
         ctx.size = BLOCK_BYTES[on] // (4 * len(target)) // 64 * 64 + 64  # aligned, so faster
         h = hidden.to(ctx.dtype)
         for w in weight.split(ctx.size):
-            logits = head_logits(w.to(ctx.dtype), h, cap)  # (size, N)
-            top = logits.amax(0)  # (N,)
-            lse.append(logits.sub_(top).exp_().sum(0).log_().add_(top))
+            lse.append(head_logits(w.to(ctx.dtype), h).logsumexp(0))
         lse = torch.stack(lse).logsumexp(0)  # (N,)
         chosen = (h.float() * weight[target].to(ctx.dtype)).sum(-1)  # (N,) the target's logit
         ctx.save_for_backward(hidden, weight, target, lse)
-        return soft_cap(chosen, cap) - lse  # (N,) float32
+        return chosen - lse  # (N,) float32
 
     @staticmethod
     def backward(ctx, grad):
         hidden, weight, target, lse = ctx.saved_tensors
         h, scaled = hidden.to(ctx.dtype), (hidden * -grad[:, None]).to(ctx.dtype)  # (N, H)
-        grad_hidden, grad_weight = torch.zeros_like(hidden), torch.empty_like(weight)
+        grad_hidden = torch.zeros_like(hidden)
+        grad_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
         for i in range(0, len(weight), ctx.size):
             w = weight[i : i + ctx.size].to(ctx.dtype)  # (size, H)
-            logits = head_logits(w, h, ctx.cap)  # (size, N)
-            slope = 1 - (logits / ctx.cap) ** 2 if ctx.cap else None
             # d logp / d logits = onehot(target) − softmax(logits). d is its negative; a
             # token's factor, −grad, is applied where that costs H and not V multiplications.
-            d, at = logits.sub_(lse).exp_(), target - i
+            d, at = head_logits(w, h).sub_(lse).exp_(), target - i  # (size, N), (N,)
             inside = (at >= 0) & (at < len(w))
             d.scatter_add_(0, at.clamp(0, len(w) - 1)[None], -inside[None].float())
-            d = (d.mul_(slope) if ctx.cap else d).to(ctx.dtype)
+            d = d.to(ctx.dtype)
             grad_hidden += d.T @ w
-            grad_weight[i : i + ctx.size] = d @ scaled
-        return grad_hidden * -grad[:, None], grad_weight, None, None
+            if grad_weight is not None:  # not a frozen one, as with LoRA
+                grad_weight[i : i + ctx.size] = d @ scaled
+        return grad_hidden * -grad[:, None], grad_weight, None
 
-
-def head_logits(weight, hidden, cap):
-    """(size, H), (N, H) -> (size, N), capped; float32 that on CUDA was never bf16."""
+def head_logits(weight, hidden):
+    """(size, H), (N, H) -> (size, N), float32 that on CUDA was never bf16."""
     options = {"out_dtype": torch.float32} if hidden.is_cuda and hidden.dtype.itemsize < 4 else {}
-    return soft_cap(torch.mm(weight, hidden.T, **options).float(), cap)
-
-
-def soft_cap(logits, cap):  # Gemma's, in place
-    return logits.div_(cap).tanh_().mul_(cap) if cap else logits
-
+    return torch.mm(weight, hidden.T, **options).float()
 
 def micro_batches(units: list[list[Example]], micro_tokens: int, device: str) -> list[list[int]]:
-    """Cut units (indices) into micro-batches of at most micro_tokens tokens, padding included.
-
-    The longest units come first, so that a micro-batch holds examples of about one length. The
-    examples of a unit stay together; a unit that is too large runs alone. A micro-batch also ends
-    where its padding would cost more than another forward (MAX_PADDING)."""
-    micros, lengths = [[]], []  # lengths: of the examples in the last micro-batch
+    """Cut units (indices) into micro-batches of at most micro_tokens tokens, padding included. The
+    longest come first, so that a micro-batch holds about one length; it also ends where padding
+    costs more than another forward. A unit's examples stay together; a large one runs alone."""
+    micros, lengths = [], []  # lengths of the examples in the last micro-batch
     for i in sorted(range(len(units)), key=lambda i: -max(len(e.ids) for e in units[i])):
         own = [len(example.ids) for example in units[i]]
         lengths += own
         padded = len(lengths) * max(lengths)
-        full = padded > micro_tokens or padded - sum(lengths) > MAX_PADDING[device]
-        if full and micros[-1]:
-            micros.append([])
+        if micros and padded <= micro_tokens and padded - sum(lengths) <= MAX_PADDING[device]:
+            micros[-1].append(i)
+        else:
+            micros.append([i])
             lengths = own
-        micros[-1].append(i)
-    return [sorted(micro) for micro in micros if micro]
-
+    return [sorted(micro) for micro in micros]
 
 def response_logps(model, examples: list[Example], temperature=1.0) -> tuple[Tensor, Tensor]:
     """Log-probability of every response token, in nats: logp (B, T) float32, 0 on padding, and mask
-    (B, T) bool, true on response tokens (from lengths), both on the model's device; t = 0 is the
-    first response token. Sequences are padded on the right: a causal model never looks there, so
-    no attention mask is needed, and the fastest attention kernels serve."""
-    ids = pad_sequence([torch.tensor(e.ids) for e in examples], batch_first=True)  # (B, L)
-    first, end = torch.tensor([[e.prompt_len, len(e.ids)] for e in examples]).T[..., None]  # (B, 1)
+    (B, T) bool, true on response tokens (from lengths); t = 0 is the first response token.
+    Padding is on the right, where a causal model never looks: no attention mask is needed."""
+    ids = pad_sequence([e.ids for e in examples], batch_first=True).long()  # (B, L)
+    start = torch.tensor([[e.prompt_len] for e in examples])  # (B, 1)
+    end = torch.tensor([[len(e.ids)] for e in examples])  # (B, 1)
     place = torch.arange(ids.shape[1])  # (L,)
-    trained = (first <= place) & (place < end)  # (B, L) response tokens
-    target, sizes = ids[trained], trained.sum(1)  # (N,), (B,)
-    mask = torch.arange(sizes.max()) < sizes[:, None]  # (B, T)
+    in_response = (start <= place) & (place < end)  # (B, L)
+    target, lengths = ids[in_response], in_response.sum(1)  # (N,), (B,)
+    mask = torch.arange(lengths.max()) < lengths[:, None]  # (B, T)
     # The one shift: a token is predicted from the state before it. Found on the CPU: no waiting.
-    states = trained[:, 1:].flatten().nonzero().squeeze(1)  # (N,)
+    states = in_response[:, 1:].flatten().nonzero().squeeze(1)  # (N,)
     inputs, states, target, mask = (
         x.to(model.device, non_blocking=True) for x in (ids[:, :-1], states, target, mask))
 
-    hidden = model.base_model(inputs, use_cache=False).last_hidden_state  # (B, L, H)
+    hidden = model.base_model(inputs, use_cache=False).last_hidden_state  # (B, L - 1, H)
     hidden = hidden.flatten(0, 1).index_select(0, states).float()  # (N, H): not of prompt tokens
     config = model.config.get_text_config()
     scale = getattr(config, "logit_scale", None) or 1  # Cohere
     scale = scale / (getattr(config, "logits_scaling", None) or 1) / temperature  # Granite
-    cap = (getattr(config, "final_logit_softcapping", None) or 0) / temperature  # Gemma
-    head = model.get_output_embeddings().weight  # (V, H)
-    logp = TokenLogps.apply(hidden * scale, head, target, cap)  # (N,)
-    return pad_sequence(logp.split(sizes.tolist()), batch_first=True), mask
-
+    logp = TokenLogps.apply(hidden * scale, model.get_output_embeddings().weight, target)  # (N,)
+    return pad_sequence(logp.split(lengths.tolist()), batch_first=True), mask
 
 @torch.no_grad()
 def check_model(model, tokenizer, max_length: int) -> None:
     """Refuse a model that these helpers cannot serve."""
     config, size = model.config.get_text_config(), len(model.get_input_embeddings().weight)
-    broken = [name for name, weight in model.named_parameters() if not weight.isfinite().all()]
     if tokenizer.eos_token_id is None:
         raise BadInput("the tokenizer has no EOS token; set its eos_token")
-    if broken:
-        raise BadInput(f"weights are not finite: {', '.join(broken[:3])}")
     if len(tokenizer) > size:
         raise BadInput(f"{len(tokenizer)} tokens in the tokenizer, but {size} embeddings")
     if max_length > (getattr(config, "max_position_embeddings", None) or max_length):
         raise BadInput(f"--max_length: the context is {config.max_position_embeddings}; lower it")
-    ids = torch.randint(size, (max_length,)).tolist()  # the longest example that can occur
+    ids = torch.randint(size, (max_length,))  # the longest example that can occur
     example = Example(ids, max(1, max_length - 32))
-    target = ids[example.prompt_len :]
     logp, _ = response_logps(model, [example])  # (1, T)
-    inputs = torch.tensor([ids], device=model.device)
-    logits = model(inputs, logits_to_keep=len(target) + 1).logits[0, :-1]  # (T, V)
-    truth = logits.log_softmax(-1)[range(len(target)), target]
-    if not (logp[0] - truth).abs().max() < 5e-3:
-        raise BadInput(f"common.py does not rebuild the logits of {model.config.model_type}")
+    logits = model(ids[None].to(model.device), logits_to_keep=logp.shape[1] + 1).logits
+    truth = logits[0, :-1].float().log_softmax(-1)[range(logp.shape[1]), example.response]  # (T,)
+    # Two forwards, each with logits rounded to their dtype: a bf16 number near 30 is off by 0.06.
+    rounding = 2 * logits.abs().max() * torch.finfo(logits.dtype).eps
+    if not (logp[0] - truth).abs().max() < 5e-3 + rounding:
+        raise BadInput(f"common.py does not rebuild the logits of {model.config.model_type}, or "
+                       "they are not finite")

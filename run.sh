@@ -3,6 +3,7 @@
 # ./run.sh test [flags]    set everything up, then the tests (flags go to pytest)
 # ./run.sh bench           speed and memory against TRL and the hardware's floor, on a CPU, an hour
 # ./run.sh memory          GPU memory of updates and sampling for four models, computed on a CPU in minutes
+# ./run.sh gpu [flags]     all that only a CUDA GPU can show: is it right, its memory, its speed, 9 minutes
 # ./run.sh reproduce       the paper's findings on the toy worlds, 5 seeds, an hour (--grid, before it: 1.7); --quick: minutes
 # ./run.sh dpo [flags]     the recipe for one 80 GB GPU: Qwen2.5-1.5B-Instruct on UltraFeedback-ArmoRM
 # ./run.sh kto [flags]     the same for KTO, the pairs taken apart
@@ -39,7 +40,7 @@ case "${1:-demo}" in
     install requirements.txt tests/requirements.txt
     shift
     run .venv/bin/python -m pytest -q tests "$@" ;;
-  bench | memory | reproduce)
+  bench | memory | gpu | reproduce)
     install requirements.txt tests/requirements.txt
     run .venv/bin/python "tests/experiments/$1.py" "${@:2}" ;;
   dpo)  # batch and k as in the paper
@@ -66,6 +67,6 @@ case "${1:-demo}" in
       --max_length 3072 --max_new_tokens 2048 --micro_tokens 8192 \
       --output_dir runs/grpo-qwen2.5-1.5b "$@" ;;
   *)
-    sed -n '2,9s/^# //p' "$0" >&2
+    sed -n '2,10s/^# //p' "$0" >&2
     exit 2 ;;
 esac

@@ -68,6 +68,15 @@ def make_rows(kind: str, count: int, seed: int = 0) -> list[dict]:
     return [{"prompt": p, "chosen": text(), "rejected": text()} for p in prompts]
 
 
+def example(ids: list[int], prompt_len: int) -> common.Example:
+    return common.Example(torch.tensor(ids, dtype=torch.int32), prompt_len)
+
+
+def plain(examples: list[common.Example]) -> list[tuple[list[int], int]]:
+    """Token ids and prompt lengths, to compare: tensors have no truth value."""
+    return [(e.ids.tolist(), e.prompt_len) for e in examples]
+
+
 def write_jsonl(path: Path, rows: list) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
@@ -119,9 +128,9 @@ def spy(monkeypatch):
         policy_logps, perceive = script.policy_logps, script.perceive
 
         def policy_logps_and_tell(model, batch, args):
-            for micro, logp, mask in policy_logps(model, batch, args):
-                current[:] = [batch[i] for i in micro]
-                yield micro, logp, mask
+            for rows, logp, mask in policy_logps(model, batch, args):
+                current[:] = rows
+                yield rows, logp, mask
 
         def perceive_and_tell(logratio, mask, *args, **kwargs):
             if logratio.requires_grad:  # trained, not KTO's reference point

@@ -1,6 +1,8 @@
-"""common.py: tokenization on every text chat template of TRL, log-probabilities on ten families."""
+"""common.py: tokenization on every text chat template of TRL, log-probabilities on all kinds of families."""
 
 import importlib.util
+import json
+import random
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,14 +13,28 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import common
-from common import BadInput, Example, check_model, encode, encode_prompt, layout
-from common import micro_batches, prompt_in, response_logps
+from common import BadInput, Example, check_model, micro_batches, prompt_in, response_logps
+from conftest import SHARED
 
 # --- Tokenization ---------------------------------------------------------------------------------
 
 QUESTION, ANSWER = "What is two plus two?", "It is four,\nof course."
 USER = [{"role": "user", "content": QUESTION}]
 LONG = 10**6  # a max_length that cuts nothing
+
+
+def encode(tokenizer, prompt, response, max_length=LONG, system=None, row=None, **kwargs):
+    """Of a row with these columns: token ids as lists, and the length of the prompt."""
+    args = SimpleNamespace(max_length=max_length, system_prompt=system, chat_template_kwargs=kwargs)
+    found = common.encode(tokenizer, {"prompt": prompt, "chosen": response, **(row or {})}, "chosen", args)
+    return found and (found.ids.tolist(), found.prompt_len)
+
+
+def encode_prompt(tokenizer, prompt, system=None, **kwargs):
+    args = SimpleNamespace(max_length=LONG, system_prompt=system, chat_template_kwargs=kwargs)
+    found = common.encode(tokenizer, {"prompt": prompt}, None, args)
+    assert found.prompt_len == len(found.ids) and found.response == []
+    return list(found.prompt)
 
 # What ends a turn, read off the templates by hand; the first key that starts a name counts.
 ENDS = {
@@ -73,10 +89,10 @@ def make_tokenizer(template=None, adds_bos=False, backend=BPE):
     return tokenizer
 
 
-def texts(tokenizer, example):
+def texts(tokenizer, encoded):
     """Prompt and response, decoded."""
-    prompt, response = example.ids[: example.prompt_len], example.ids[example.prompt_len :]
-    return tokenizer.decode(prompt), tokenizer.decode(response)
+    ids, cut = encoded
+    return tokenizer.decode(ids[:cut]), tokenizer.decode(ids[cut:])
 
 
 def test_templates_are_found():
@@ -95,12 +111,13 @@ def test_template(name):
     whole = USER + [{"role": "assistant", "content": ANSWER}]
     whole = tokenizer.apply_chat_template(whole, tokenize=False)
     upto = whole[: whole.rindex(ANSWER) + len(ANSWER)]
-    expected = (upto[len(before) :] if upto.startswith(before) else ANSWER) + end
+    opened = "</think>\n\n" if before.endswith("<think>\n") else ""  # closed once before the answer
+    expected = (upto[len(before) :] if upto.startswith(before) else opened + ANSWER) + end
 
     example = encode(tokenizer, QUESTION, ANSWER, LONG)
     assert texts(tokenizer, example) == (before, expected)
     assert expected.count(ANSWER) == 1
-    assert encode_prompt(tokenizer, QUESTION) == (example.ids[: example.prompt_len], before, USER)
+    assert encode_prompt(tokenizer, QUESTION) == example[0][: example[1]]
     n_end = len(tokenizer(end, add_special_tokens=False)["input_ids"])
     assert n_end == end.count("<")  # each special token is one id, or the test would not see it
 
@@ -114,7 +131,7 @@ def test_template(name):
 @pytest.mark.parametrize("name", MULTIMODAL)
 def test_multimodal_template_is_refused(name):
     """They drop a string's text, or raise: training on it would train on nothing."""
-    with pytest.raises(BadInput, match="template"):
+    with pytest.raises(Exception, match="leaves out the user message|no attribute"):
         encode(make_tokenizer(TEMPLATES[name]), QUESTION, ANSWER, LONG)
 
 
@@ -127,7 +144,7 @@ PINNED = {  # the end of the prompt, the response: read off the templates by han
     "llama3": ("<|start_header_id|>assistant<|end_header_id|>\n\n", "Four.<|eot_id|>"),
     "cohere2": (f"{TURN}<|CHATBOT_TOKEN|><|START_RESPONSE|>", f"Four.<|END_RESPONSE|>{TURN_END}"),
     "phi3": ("<|user|>\nTwo?<|end|>\n<|assistant|>\n", "Four.<|end|>"),
-    "deepseek_r1_distill": ("<｜Assistant｜><think>\n", "Four.<｜end▁of▁sentence｜>"),
+    "deepseek_r1_distill": ("<｜Assistant｜><think>\n", "</think>\n\nFour.<｜end▁of▁sentence｜>"),
     "gptoss": ("<|start|>assistant", "<|channel|>final<|message|>Four.<|return|>"),
     "glm4moe": ("\nTwo?<|assistant|>", "\n<think></think>\nFour.<eos>"),
 }
@@ -162,7 +179,7 @@ def test_all_forms_of_prompt_and_response_are_the_same_tokens():
     """A string is a user message, and a whole dialogue brings its prompt."""
     message, tokenizer = [{"role": "assistant", "content": ANSWER}], make_tokenizer(CHATML)
     expected = encode(tokenizer, USER, ANSWER, LONG)
-    for prompt, response in ((QUESTION, ANSWER), (QUESTION, message), (None, USER + message), ("?", USER + message)):
+    for prompt, response in ((QUESTION, ANSWER), (QUESTION, message), (None, USER + message), (QUESTION, USER + message)):
         assert encode(tokenizer, prompt, response, LONG) == expected
     tokenizer = make_tokenizer()
     assert encode(tokenizer, QUESTION, message, LONG) == encode(tokenizer, QUESTION, ANSWER, LONG)
@@ -172,33 +189,27 @@ def test_system_message_stands_first():
     tokenizer, system = make_tokenizer(CHATML), [{"role": "system", "content": "Be brief."}]
     for prompt in (QUESTION, USER):
         expected = encode(tokenizer, system + USER, ANSWER, LONG)
-        assert encode(tokenizer, prompt, ANSWER, LONG, system="Be brief.") == expected
+        assert encode(tokenizer, prompt, ANSWER, system="Be brief.") == expected
         assert encode_prompt(tokenizer, prompt, system="Be brief.") == encode_prompt(tokenizer, system + USER)
     assert len(USER) == 1  # the caller's list is not changed
 
 
 def test_the_prompt_in_a_row():
-    """What stands before the last message of a dialogue; a single message has no prompt in it."""
-    answer = {"role": "assistant", "content": ANSWER}
-    assert prompt_in({"prompt": "x", "chosen": [*USER, answer]}) == USER
-    assert prompt_in({"prompt": "x", "chosen": [answer]}) == "x"
+    assert prompt_in({"prompt": USER, "chosen": "y"}) == USER
     assert prompt_in({"prompt": "x", "chosen": "y"}) == prompt_in({"problem": "x"}) == "x"
     assert prompt_in({"prompt": None, "question": "x"}) == "x"
     assert prompt_in({"completion": "y"}) is None
 
 
-@pytest.mark.parametrize("template, raw", [(None, False), (None, True), (CHATML, True)])
 @pytest.mark.parametrize("adds_bos", [False, True])
-@pytest.mark.parametrize("prompt", [QUESTION, "<bos>" + QUESTION])
-def test_raw_text(template, raw, adds_bos, prompt):
-    """No template; one BOS where the tokenizer adds one, no second if the text has it; an EOS."""
-    tokenizer = make_tokenizer(template, adds_bos=adds_bos)
-    before = "<bos>" + QUESTION if adds_bos else prompt
-    example = encode(tokenizer, prompt, " Four.", LONG, raw=raw)
+def test_raw_text(adds_bos):
+    """No template: one BOS where the tokenizer adds one; an EOS."""
+    tokenizer = make_tokenizer(adds_bos=adds_bos)
+    before = "<bos>" + QUESTION if adds_bos else QUESTION
+    example = encode(tokenizer, QUESTION, " Four.")
     assert texts(tokenizer, example) == (before, " Four.<eos>")
-    ids = example.ids[: example.prompt_len]
-    assert encode_prompt(tokenizer, prompt, raw=raw) == (ids, prompt, None)
-    assert example.ids.count(tokenizer.bos_token_id) == before.count("<bos>")
+    assert encode_prompt(tokenizer, QUESTION) == example[0][: example[1]]
+    assert example[0].count(tokenizer.bos_token_id) == int(adds_bos)
 
 
 @pytest.mark.parametrize("adds_bos", [False, True])
@@ -208,19 +219,17 @@ def test_raw_text_has_the_ids_of_a_sentencepiece_tokenizer(adds_bos):
     words.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
     tokenizer = make_tokenizer(adds_bos=adds_bos, backend=words)
     bos = [tokenizer.bos_token_id] * adds_bos
-    assert tokenizer("two plus")["input_ids"] == [*bos, 1, 3]
-    assert encode_prompt(tokenizer, "two plus")[0] == [*bos, 1, 3]
-    example = encode(tokenizer, "two plus", " two", LONG)
-    assert example == ([*bos, 1, 3, 1, tokenizer.eos_token_id], len(bos) + 2)
+    assert encode_prompt(tokenizer, "two plus") == [*bos, 1, 3]
+    assert encode(tokenizer, "two plus", " two") == ([*bos, 1, 3, 1, tokenizer.eos_token_id], len(bos) + 2)
 
 
 def test_token_across_the_boundary():
     """Generation starts after the prompt's own tokens, even where the whole merges differently."""
     tokenizer = make_tokenizer()
-    before, *_ = encode_prompt(tokenizer, "two plus tw")
-    assert encode_prompt(tokenizer, "two plus two?")[0][: len(before)] != before
+    before = encode_prompt(tokenizer, "two plus tw")
+    assert encode_prompt(tokenizer, "two plus two?")[: len(before)] != before
     example = encode(tokenizer, "two plus tw", "o?", LONG)
-    assert example.ids[: example.prompt_len] == before
+    assert example[0][: example[1]] == before
     assert texts(tokenizer, example) == ("two plus tw", "o?<eos>")
 
 
@@ -238,7 +247,7 @@ def test_response_is_cut_at_its_first_end(template, end, inside):
 
 
 def test_end_of_turn_follows_the_template():
-    """The end of turn is cached per tokenizer; a new template must not get the old one's."""
+    """A new template must not get the old one's."""
     tokenizer = make_tokenizer(CHATML)
     tokenizer.add_tokens(["<|eot|>"], special_tokens=True)
     assert texts(tokenizer, encode(tokenizer, "Two?", "Four.", LONG))[1] == "Four.<|im_end|>"
@@ -246,15 +255,162 @@ def test_end_of_turn_follows_the_template():
     assert texts(tokenizer, encode(tokenizer, "Two?", "Four.", LONG))[1] == "Four.<|eot|>"
 
 
-@pytest.mark.parametrize("template, words", [
-    (None, "chat_template is not set"),
-    ("{{ raise_exception('roles must alternate') }}", "does not take these messages: roles must alternate"),
+# --- Whatever a row carries is trained or refused --------------------------------------------------
+
+
+def A(text, **more):
+    return {"role": "assistant", "content": text, **more}
+
+
+def U(text):
+    return {"role": "user", "content": text}
+
+
+def S(text):
+    return {"role": "system", "content": text}
+
+
+def chatml(*turns):
+    """Their text in CHATML, and the beginning of an answer."""
+    return "".join(f"<|im_start|>{role}\n{text}<|im_end|>\n" for role, text in turns) + "<|im_start|>assistant\n"
+
+
+def test_messages_without_a_template_are_refused():
+    """--raw: neither messages nor a system prompt."""
+    for prompt, system in ((USER, None), (QUESTION, "Be brief.")):
+        with pytest.raises(BadInput, match="need a chat template"):
+            encode(make_tokenizer(), prompt, ANSWER, system=system)
+
+
+def test_what_the_template_refuses_is_an_error():
+    with pytest.raises(Exception, match="roles must alternate"):
+        encode(make_tokenizer("{{ raise_exception('roles must alternate') }}"), USER, ANSWER)
+
+
+CALLS = CHATML.replace("m.content +", "m.content + ('' if not m.tool_calls else m.tool_calls | tojson) +")
+THOUGHTS = CHATML.replace("m.content +", "('<think>' + m.reasoning_content + '</think>' if m.reasoning_content else '') + m.content +")
+
+
+def test_the_keys_of_a_message_go_to_the_template():
+    call = [{"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}]
+    answer = [{"role": "assistant", "content": None, "tool_calls": call, "name": None}]
+    assert '"name": "add"' in texts(make_tokenizer(CALLS), encode(make_tokenizer(CALLS), "1?", answer))[1]
+    response = texts(make_tokenizer(THOUGHTS), encode(make_tokenizer(THOUGHTS), "1?", [A("2", reasoning_content="one more")]))[1]
+    assert response == "<think>one more</think>2<|im_end|>"
+
+
+@pytest.mark.parametrize("key, value", [("tool_calls", [{"function": {"name": "add", "arguments": {}}}]), ("reasoning_content", "hm")])
+def test_an_answers_keys_that_the_template_leaves_out_are_refused(key, value):
+    with pytest.raises(BadInput, match="the chat template leaves out the assistant"):
+        encode(make_tokenizer(CHATML), "1?", [A("2", **{key: value})])
+
+
+@pytest.mark.parametrize("role", ["system", "developer", "user"])
+def test_a_text_that_does_not_arrive_is_refused(role):
+    template = CHATML.replace("{{ '<|im_start|>'", "{{ '' if m.role == '" + role + "' else '<|im_start|>'")
+    prompt = [{"role": role, "content": "Be brief."}, *([] if role == "user" else USER)]
+    with pytest.raises(BadInput, match=f"the chat template leaves out the {role} message"):
+        encode(make_tokenizer(template), prompt, ANSWER)
+
+
+def test_a_template_may_trim():
+    tokenizer = make_tokenizer(CHATML.replace("m.content", "m.content.strip()"))
+    assert texts(tokenizer, encode(tokenizer, " Two?\n", "Four. "))[1] == "Four.<|im_end|>"
+
+
+def test_a_tools_column_is_refused():
+    with pytest.raises(BadInput, match="column tools"):
+        encode(make_tokenizer(CHATML), "1?", "2", row={"tools": [{"name": "add"}]})
+
+
+DIALOGUES = {  # prompt, chosen: what is read before the last answer
+    "a completion of several messages": ([U("Name a fruit")], [A("Apple"), U("Another?"), A("Pear")],
+                                         [("user", "Name a fruit"), ("assistant", "Apple"), ("user", "Another?")]),
+    "the dialogue brings the end of the prompt": ([S("Be brief."), U("A fruit?")], [U("A fruit?"), A("Pear")],
+                                                  [("system", "Be brief."), ("user", "A fruit?")]),
+    "the dialogue brings all of the prompt": ("A fruit?", [S("Be brief."), U("A fruit?"), A("Pear")],
+                                              [("system", "Be brief."), ("user", "A fruit?")]),
+    "no prompt": (None, [U("A fruit?"), A("Pear")], [("user", "A fruit?")]),
+}
+
+
+@pytest.mark.parametrize("name", DIALOGUES)
+def test_the_prompt_comes_first_unless_the_dialogue_brings_it(name):
+    prompt, chosen, turns = DIALOGUES[name]
+    tokenizer = make_tokenizer(CHATML)
+    assert texts(tokenizer, encode(tokenizer, prompt, chosen)) == (chatml(*turns), "Pear<|im_end|>")
+
+
+@pytest.mark.parametrize("prompt, chosen", [
+    ("A fruit?", [U("A tree?"), A("Pear")]),
+    ([S("Be brief."), U("A fruit?")], [S("Be long."), U("A fruit?"), A("Pear")]),
 ])  # fmt: skip
-def test_messages_that_no_template_takes_are_refused(template, words):
+def test_beginnings_that_disagree_are_refused(prompt, chosen):
+    with pytest.raises(BadInput, match="begin differently"):
+        encode(make_tokenizer(CHATML), prompt, chosen)
+
+
+def test_a_row_without_a_prompt_names_the_forms():
+    for row in ({"chosen": "\n\nHuman: hi\n\nAssistant: ho"}, {"chosen": [A("ho")]}):
+        with pytest.raises(BadInput, match="no prompt; give a column prompt, or whole dialogues as messages"):
+            encode(make_tokenizer(CHATML), None, row["chosen"])
+
+
+def test_a_system_column_is_the_system_message():
+    """Orca's; --system_prompt serves rows that have none, and nobody gets two."""
+    tokenizer = make_tokenizer(CHATML)
+    for row, own, system in (({"system": "Orca."}, "Orca.", None), ({"system": "Orca."}, "Orca.", "Mine."),
+                             ({"system": ""}, "Mine.", "Mine."), ({}, "Mine.", "Mine.")):  # fmt: skip
+        found = encode(tokenizer, "Two?", "Four.", system=system, row=row)
+        assert texts(tokenizer, found)[0] == chatml(("system", own), ("user", "Two?"))
+    found = encode(tokenizer, [S("Own."), U("Two?")], "Four.", system="Mine.")
+    assert texts(tokenizer, found)[0] == chatml(("system", "Own."), ("user", "Two?"))
+
+
+R1 = CHATML.replace("m.content +", "m.content.split('</think>')[-1] +").replace("assistant\n' }}", "assistant\n<think>\n' }}")
+
+
+@pytest.mark.parametrize("answer, response", [
+    ("Four.", "</think>\n\nFour."),
+    ("<think>\nTwo and two.\n</think>\n\nFour.", "Two and two.\n</think>\n\nFour."),
+    ("Two and two.</think>Four.", "Two and two.</think>\n\nFour."),
+])
+def test_a_thought_that_the_prompt_opens_is_closed_once(answer, response):
+    tokenizer = make_tokenizer(R1)
+    before, found = texts(tokenizer, encode(tokenizer, "Two?", answer))
+    assert before.endswith("assistant\n<think>\n") and found == response + "<|im_end|>"
+
+
+@pytest.mark.skipif("qwen3" not in TEMPLATES, reason="trl is not installed")
+def test_options_of_the_chat_template():
+    """Qwen 3 writes an empty thought into the prompt, instead of the response, if it is not to think."""
+    tokenizer = make_tokenizer(TEMPLATES["qwen3"])
+    before, response = texts(tokenizer, encode(tokenizer, "Two?", "Four.", enable_thinking=False))
+    assert before.endswith("assistant\n<think>\n\n</think>\n\n") and response == "Four.<|im_end|>"
+    before, response = texts(tokenizer, encode(tokenizer, "Two?", "<think>\nhm\n</think>\n\nFour."))
+    assert before.endswith("assistant\n") and response == "<think>\nhm\n</think>\n\nFour.<|im_end|>"
+
+
+def test_a_cut_response_is_marked():
+    tokenizer, row = make_tokenizer(CHATML), {"prompt": QUESTION, "chosen": ANSWER}
+    size = len(encode(tokenizer, QUESTION, ANSWER)[0])
+    for max_length, cut in ((size, False), (size - 1, True)):
+        args = SimpleNamespace(max_length=max_length, system_prompt=None, chat_template_kwargs={})
+        assert common.encode(tokenizer, row, "chosen", args).cut is cut
+
+
+@pytest.mark.parametrize("value, words", [
+    (None, "chosen is no text"), (5, "chosen is no text"), ([{"role": "user"}], "chosen is no text"), ([], "chosen is empty"),
+    (" ", "chosen is empty"), ([A("x"), U("y")], "ends with a message of role user"),
+])  # fmt: skip
+def test_what_is_no_answer_is_refused(value, words):
     with pytest.raises(BadInput, match=words):
-        encode_prompt(make_tokenizer(template), USER)
-    with pytest.raises(BadInput, match=words):
-        encode(make_tokenizer(template), USER, ANSWER, LONG)
+        encode(make_tokenizer(CHATML), QUESTION, value)
+
+
+def test_token_ids_take_four_bytes():
+    args = SimpleNamespace(max_length=LONG, system_prompt=None, chat_template_kwargs={})
+    assert common.encode(make_tokenizer(CHATML), {"prompt": "x", "chosen": "y"}, "chosen", args).ids.dtype == torch.int32
 
 
 # --- Log-probabilities ----------------------------------------------------------------------------
@@ -272,12 +428,24 @@ FAMILIES = {
     "qwen2": dict(use_sliding_window=True, sliding_window=4, max_window_layers=1),
     "qwen3": dict(use_sliding_window=True, sliding_window=4, max_window_layers=1),
     "mistral": dict(sliding_window=4),
-    "gemma2": dict(sliding_window=4, final_logit_softcapping=3.0, query_pre_attn_scalar=8),
-    "gemma3_text": dict(sliding_window=4, final_logit_softcapping=3.0, query_pre_attn_scalar=8),
+    "gemma3_text": dict(sliding_window=4, query_pre_attn_scalar=8),
     "gpt2": {},
     "phi3": dict(sliding_window=4),
     "granite": dict(logits_scaling=3.0, embedding_multiplier=2.0, residual_multiplier=0.5),
     "cohere2": dict(sliding_window=4, logit_scale=0.25),
+    "starcoder2": dict(sliding_window=4),
+    "olmo3": dict(sliding_window=4),
+    "gpt_oss": dict(sliding_window=4, num_local_experts=4, num_experts_per_tok=2),  # attention sinks
+    "qwen3_moe": dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16),
+    "smollm3": dict(no_rope_layers=[1, 0]),  # a layer without positions
+    "bloom": dict(n_head=4, n_layer=2),  # ALiBi
+    "opt": dict(ffn_dim=40, word_embed_proj_dim=H, dropout=0.0, init_std=0.2),  # positions from a mask
+    "lfm2": dict(layer_types=["conv", "full_attention"]),
+    "mamba": dict(state_size=4),  # no attention, and no use for a mask
+    "qwen3_next": dict(
+        num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, shared_expert_intermediate_size=16,
+        linear_num_key_heads=2, linear_num_value_heads=2, linear_key_head_dim=8, linear_value_head_dim=8,
+        layer_types=["linear_attention", "full_attention"]),
 }
 
 
@@ -287,7 +455,6 @@ def make_model(family="llama", **options):
     base = GPT if family == "gpt2" else SMALL
     config = AutoConfig.for_model(family, **{**base, **FAMILIES.get(family, {}), **options})
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    model.row_tokens = 0  # until check_model allows more
     for name, parameter in model.named_parameters():
         if parameter.ndim == 1:  # norms and biases start at 0 or 1, which would hide a mistake
             parameter.data += 0.3 * torch.randn(parameter.shape)
@@ -307,7 +474,7 @@ def make_examples(*lengths, vocabulary=V):
     """Examples with the given (prompt, response) lengths."""
     generator = torch.Generator().manual_seed(1)
     draw = [torch.randint(1, vocabulary, (p + r,), generator=generator) for p, r in lengths]
-    return [Example(ids.tolist(), p) for ids, (p, _) in zip(draw, lengths)]
+    return [Example(ids.int(), p) for ids, (p, _) in zip(draw, lengths)]
 
 
 EXAMPLES = make_examples((3, 7), (9, 1), (1, 4), (6, 12), (4, 9))  # N = 33, T = 12
@@ -315,8 +482,8 @@ EXAMPLES = make_examples((3, 7), (9, 1), (1, 4), (6, 12), (4, 9))  # N = 33, T =
 
 def own_logps(model, example, temperature=1.0):
     """The same from the model's own logits: one row, no padding, no chunks. (r,)"""
-    logits = model(torch.tensor([example.ids])).logits[0] / temperature
-    logp = logits.log_softmax(-1)[:-1].gather(-1, torch.tensor(example.ids)[1:, None])[:, 0]
+    logits = model(example.ids[None]).logits[0] / temperature
+    logp = logits.log_softmax(-1)[:-1].gather(-1, example.ids[1:, None].long())[:, 0]
     return logp[example.prompt_len - 1 :]
 
 
@@ -356,9 +523,16 @@ def test_family(family, tied, small_blocks):
     check_model(model, Words(), 32)  # and is not refused
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "cohere2", "granite"])
+def test_a_cap_on_logits_is_refused():
+    """Gemma 2's."""
+    model = make_model("gemma2", sliding_window=4, final_logit_softcapping=3.0, query_pre_attn_scalar=8)
+    with pytest.raises(BadInput, match="does not rebuild the logits of gemma2"):
+        check_model(model, Words(), 32)
+
+
+@pytest.mark.parametrize("family", ["llama", "cohere2", "granite"])
 def test_temperature(family, small_blocks):
-    """Divides the logits after the scale and the soft cap, and the gradient."""
+    """Divides the logits after the scale, and the gradient."""
     assert_matches_own_logits(make_model(family), EXAMPLES, temperature=0.7)
 
 
@@ -379,106 +553,83 @@ def test_gradient_where_a_token_is_nearly_sure():
     weight[5, 0] = 1.0  # logits: 8.5 and 96 zeros
     hidden.requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
-        logp = common.TokenLogps.apply(hidden, weight, torch.tensor([5]), 0)
+        logp = common.TokenLogps.apply(hidden, weight, torch.tensor([5]))
     logp.sum().backward()
     assert hidden.grad[0, 0].item() == pytest.approx(1 - logp.exp().item(), rel=0.005)  # 0.0192
 
 
-def make_groups(*groups):
-    """Examples of groups with one prompt each: (prompt length, response lengths)."""
-    examples = []
-    for seed, (prompt, responses) in enumerate(groups):
-        generator = torch.Generator().manual_seed(seed)
-        start, *rest = [torch.randint(1, V, (n,), generator=generator).tolist() for n in (prompt, *responses)]
-        examples += [Example(start + response, prompt) for response in rest]
-    return examples
+def unit_of(*lengths):
+    """A unit of examples of these lengths in tokens: DPO's pair is one of two."""
+    return [Example(torch.ones(length, dtype=torch.int32), 1) for length in lengths]
 
 
-GROUPS = make_groups((5, (7, 3, 1, 12)), (9, (4,)), (1, (3, 3, 2)))
-WINDOWED = ("mistral", "gemma2", "gemma3_text", "phi3", "cohere2", "qwen2", "qwen3")
+def padding_of(units):
+    """Tokens of the forward of these units, padding included; of them padding."""
+    lengths = [len(example.ids) for unit in units for example in unit]
+    padded = len(lengths) * max(lengths)
+    return padded, padded - sum(lengths)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_rows_that_share_a_prompt_equal_separate_rows(family, small_blocks):
-    """Values and gradients; a family that forgets its window of 4 under a mask is left alone."""
-    model = make_model(family)
-    check_model(model, Words(), 32)
-    assert model.row_tokens == (0 if family in WINDOWED else 2 * H)
-    assert len(layout(model, GROUPS)[0]) == (len(GROUPS) if family in WINDOWED else 3)
-    assert_matches_own_logits(model, GROUPS, temperature=0.7)
-
-
-@pytest.mark.parametrize("max_length, shares", [(20, True), (32, False)])
-def test_sharing_is_checked_on_the_longest_row_that_can_occur(max_length, shares):
-    """Mistral forgets its window of 20 under a mask, which shorter rows do not show."""
-    model = make_model("mistral", sliding_window=20)
-    check_model(model, Words(), max_length)
-    assert model.row_tokens == (2 * H if shares else 0)
-    pair = make_groups((10, (max_length - 10, max_length - 12)))
-    assert len(layout(model, pair)[0]) == (1 if shares else 2)
-    assert_matches_own_logits(model, pair)
-
-
-def test_a_model_that_refuses_a_mask_keeps_separate_rows(monkeypatch):
-    model = make_model()
-    forward = model.base_model.forward
-
-    def without_mask(input_ids, attention_mask=None, **options):
-        assert attention_mask is None
-        return forward(input_ids, **options)
-
-    monkeypatch.setattr(model.base_model, "forward", without_mask)
-    check_model(model, Words(), 32)
-    assert model.row_tokens == 0
-    assert_matches_own_logits(model, GROUPS)
-
-
-def test_layout_fills_rows_with_neighbours():
-    model, group = make_model(), make_groups((10, [10] * 8))
-    for room, lengths in ((0, [20] * 8), (90, [90]), (89, [80, 20]), (50, [50, 50]), (49, [40, 40, 30])):
-        model.row_tokens = room
-        rows, found = layout(model, group)
-        assert found == lengths, room
-        assert [i for row in rows for i in row] == list(range(8))
-    model.row_tokens = 90
-    (a, b), (c,) = make_groups((10, (5, 5))), make_groups((11, (5,)))
-    assert layout(model, [a, c, b]) == ([[0], [1], [2]], [15, 16, 15])
-
-
-def test_micro_batches_keep_to_tokens_and_padding(monkeypatch):
-    model, units = make_model(), [[e] for e in make_examples((2, 8), (2, 48), (2, 18), (2, 28), (2, 88))]
-    assert micro_batches(model, units, 120) == [[4], [1, 3], [0, 2]]
-    assert micro_batches(model, units, 10) == [[4], [1], [3], [2], [0]]
+def test_micro_batches_by_hand(monkeypatch):
+    units = [unit_of(length) for length in (10, 50, 20, 30, 90)]
+    assert micro_batches(units, 120, "cpu") == [[4], [1, 3], [0, 2]]  # 90; 50 + 30, 20 too many; 20 + 10
+    assert micro_batches(units, 10, "cpu") == [[4], [1], [3], [2], [0]]
     monkeypatch.setitem(common.MAX_PADDING, "cpu", 60)
-    assert micro_batches(model, units, 10**6) == [[1, 4], [0, 2, 3]]
+    assert micro_batches(units, 10**6, "cpu") == [[1, 4], [0, 2, 3]]
+    monkeypatch.setitem(common.MAX_PADDING, "cuda", 10**6)  # each device has its own
+    assert micro_batches(units, 10**6, "cuda") == [[0, 1, 2, 3, 4]]
+    pairs = [unit_of(10, 30), unit_of(20, 15), unit_of(5, 40)]  # by the longer one: 2, 0, 1
+    for limit, cut in ((75, [[0, 2], [1]]), (74, [[2], [0, 1]])):  # 4 × 40 tokens, 75 of them padding
+        monkeypatch.setitem(common.MAX_PADDING, "cpu", limit)
+        assert micro_batches(pairs, 160, "cpu") == cut
+    assert micro_batches([], 100, "cpu") == []  # KTO has no mismatched pairs when it evaluates
 
 
-def test_micro_batches_keep_units_and_shared_rows_together():
-    model = make_model()
-    model.row_tokens = 2 * H
-    units = [make_groups((30, (2, 2))), make_groups((20, (2, 2, 2)))]  # rows of 34 and 26 tokens
-    assert micro_batches(model, units, 68) == [[0, 1]] and micro_batches(model, units, 67) == [[0], [1]]
-    units = [[e] for e in make_groups((20, (2, 4)), (20, (2,)), (20, (2, 2)))]  # rows of 26, 22, 24
-    assert micro_batches(model, units, 30) == [[0, 1], [3, 4], [2]]
-    assert micro_batches(model, units, 52) == [[0, 1, 3, 4], [2]]
-    model.row_tokens = 0
-    assert micro_batches(model, units, 30) == [[1], [0], [2], [3], [4]]
+def random_units(seed):
+    rng = random.Random(seed)
+    return [unit_of(*(rng.randint(2, 60) for _ in range(rng.randint(1, 4)))) for _ in range(30)]
 
 
-def test_what_stands_between_two_that_could_share_a_row_is_counted():
-    """Examples 0 and 2 share a row only as long as 1 is not with them: three rows of 26 are 78."""
-    model = make_model()
-    model.row_tokens = 2 * H
-    (a, b), (c,) = make_groups((20, (6, 4))), make_groups((21, (1,)))
-    assert layout(model, [a, b]) == ([[0, 1]], [30])
-    assert micro_batches(model, [[a], [c], [b]], 77) == [[0, 2], [1]]
-    assert micro_batches(model, [[a], [c], [b]], 78) == [[0, 1, 2]]
+@pytest.mark.parametrize("micro_tokens", [1, 100, 300, 10**6])
+@pytest.mark.parametrize("seed", range(5))
+def test_micro_batches_keep_to_tokens_and_padding(seed, micro_tokens):
+    """Every unit once and whole; in the limits or alone; full: the next unit would break a limit."""
+    units, limit = random_units(seed), common.MAX_PADDING["cpu"]
+    micros = micro_batches(units, micro_tokens, "cpu")
+    assert sorted(i for micro in micros for i in micro) == list(range(30))
+    assert micros and all(micros) and all(micro == sorted(micro) for micro in micros)
+
+    def fits(members):
+        padded, padding = padding_of(units[i] for i in members)
+        return padded <= micro_tokens and padding <= limit
+
+    def longest(i):
+        return max(len(example.ids) for example in units[i])
+
+    assert all(fits(micro) or len(micro) == 1 for micro in micros)
+    for micro, following in zip(micros, micros[1:]):
+        assert min(map(longest, micro)) >= max(map(longest, following))  # longest first
+        first = max(following, key=lambda i: (longest(i), -i))
+        assert not fits([*micro, first])
+    assert max(map(len, micros)) == 1 if micro_tokens == 1 else max(map(len, micros)) > 1
+
+
+def test_micro_batches_depend_on_lengths_alone():
+    """Scoring and training must cut alike, whatever the tokens and the state of the generators."""
+    cuts = []
+    for seed in (0, 1):
+        random.seed(seed)
+        torch.manual_seed(seed)
+        units = [[Example(torch.randint(V, (len(e.ids),)), 1) for e in unit] for unit in random_units(7)]
+        cuts += [micro_batches(units, 200, "cpu"), micro_batches(units, 200, "cpu")]
+    assert all(cut == cuts[0] for cut in cuts)
+    assert micro_batches([unit_of(9) for _ in range(6)], 20, "cpu") == [[0, 1], [2, 3], [4, 5]]  # ties keep their order
 
 
 def test_shapes_and_mask():
     """(B, T), T the longest response; mask from lengths; 0 on padding; t = 0 the first token."""
     model = make_model()
-    examples = [EXAMPLES[1], EXAMPLES[0], Example([5, 6, 0, 0], 2)]  # id 0 may be a token too
+    examples = [EXAMPLES[1], EXAMPLES[0], Example(torch.tensor([5, 6, 0, 0]), 2)]  # id 0, the padding's, may be a token too
     logp, mask = response_logps(model, examples)
     assert (logp.shape, logp.dtype) == ((3, 7), torch.float32)
     assert (mask.shape, mask.dtype) == ((3, 7), torch.bool)
@@ -489,15 +640,22 @@ def test_shapes_and_mask():
         torch.testing.assert_close(row[: len(truth)], truth, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma3_text"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_padding_invariance(family):
-    """A row alone equals the same row beside longer ones, whatever its place."""
+    """An example alone equals the same one beside longer ones, in any order: without a mask, recurrences too."""
     model = make_model(family)
-    together, _ = response_logps(model, EXAMPLES)
-    for row, example in zip(together, EXAMPLES):
-        alone, mask = response_logps(model, [example])
-        assert mask.all()
-        torch.testing.assert_close(row[: alone.shape[1]], alone[0], atol=1e-5, rtol=0)
+    for examples in (EXAMPLES, EXAMPLES[::-1]):
+        together, _ = response_logps(model, examples)
+        for logp, example in zip(together, examples):
+            alone, mask = response_logps(model, [example])
+            assert mask.all()
+            torch.testing.assert_close(logp[: alone.shape[1]], alone[0], atol=1e-5, rtol=0)
+
+
+def test_responses_to_one_prompt_do_not_see_one_another():
+    (first, other, third) = make_examples((5, 7), (2, 9), (2, 4))
+    beside = [Example(torch.cat([first.ids[:5], e.ids]), 5) for e in (other, third)]
+    assert_matches_own_logits(make_model(), [first, *beside])
 
 
 def kept_logits(forward, vocabulary):
@@ -585,9 +743,73 @@ def test_check_model_refuses_what_cannot_be_trained(monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(BadInput, match="98 tokens .* 97 embeddings"):
         patch.setattr(Words, "__len__", lambda self: V + 1)
         check_model(model, Words(), 32)
-    model.model.norm.weight.data[0] = torch.nan
-    with pytest.raises(BadInput, match="weights are not finite: model.norm.weight"):
-        check_model(model, Words(), 32)
+    for value in (torch.nan, -torch.inf):
+        model.model.norm.weight.data[0] = value
+        with pytest.raises(BadInput, match="or they are not finite"):
+            check_model(model, Words(), 32)
+
+
+@pytest.mark.parametrize("max_length", [3, 16, 40, 64])
+def test_check_model_looks_at_the_longest_example_that_can_occur(max_length, monkeypatch):
+    """A mistake from some length on, as in a window, is seen in training's longest examples, and so here."""
+    model = make_model()
+    forward = model.forward
+
+    def altered(input_ids, **options):
+        output = forward(input_ids, **options)
+        factor = 2.0 if input_ids.shape[1] >= max_length else 1.0
+        return SimpleNamespace(logits=output.logits * factor)
+
+    monkeypatch.setattr(model, "forward", altered)
+    check_model(model, Words(), max_length - 1)
+    with pytest.raises(BadInput, match="does not rebuild the logits of llama"):
+        check_model(model, Words(), max_length)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_samples_come_from_a_copy_with_weights_of_the_sampling_dtype(dtype, monkeypatch):
+    """As on CUDA: bf16 weights, keys and values; the policy itself is as it was. Weights of that dtype are shared."""
+    model, tokenizer, seen = make_model(tie_word_embeddings=True, vocab_size=400).train(), make_tokenizer(), []
+    weights, kept = {name: w.clone() for name, w in model.named_parameters()}, model.generation_config
+    generate = type(model).generate
+
+    def generate_and_tell(self, **inputs):
+        out = generate(self, **inputs, return_dict_in_generate=True)
+        layer = out.past_key_values.layers[0]
+        seen.append((layer.keys.dtype, layer.values.dtype, next(self.parameters()).dtype))
+        assert self is not model and not self.training
+        assert self.lm_head.weight is self.model.embed_tokens.weight
+        assert (self.lm_head.weight.data_ptr() == model.lm_head.weight.data_ptr()) == (dtype == torch.float32)
+        return out.sequences
+
+    monkeypatch.setattr(type(model), "generate", generate_and_tell)
+    monkeypatch.setitem(common.SAMPLING_DTYPE, "cpu", dtype)
+    examples, texts = common.sample_responses(model, tokenizer, [[5, 6, 7], [8]], 4, 1.0, 2)
+    assert seen == [(dtype,) * 3] and [e.prompt_len for e in examples] == [3, 1] and len(texts) == 2
+    assert model.training and model.generation_config is kept
+    assert all(torch.equal(weights[name], w) and w.dtype == torch.float32 for name, w in model.named_parameters())
+
+
+@pytest.mark.parametrize("kind, size", [("pairs", 32), ("labels", 64), ("groups", 64)])
+@pytest.mark.parametrize("micro_tokens", [4096, 640])
+def test_padding_on_gsm8k_stays_under_8_percent(kind, size, micro_tokens):
+    """Lengths of about four characters a token, in batches drawn at random."""
+    path = SHARED / f"gsm8k_{kind}.jsonl"
+    if not path.exists():
+        pytest.skip(f"no {path.name}")
+    columns = {"pairs": ("chosen", "rejected"), "labels": ("completion",)}
+    units = []
+    for row in map(json.loads, path.open()):
+        texts = row["completions"] if kind == "groups" else [row[name] for name in columns[kind]]
+        of_one = [Example(torch.empty((len(row["prompt"]) + len(text)) // 4 + 40), 1) for text in texts]
+        units += [of_one] if kind == "pairs" else [[example] for example in of_one]
+    rng, tokens, all_tokens = random.Random(0), 0, 0
+    for _ in range(20):
+        batch = rng.sample(units, size)
+        for micro in micro_batches(batch, micro_tokens, "cpu"):
+            lengths = [len(example.ids) for i in micro for example in batch[i]]
+            tokens, all_tokens = tokens + sum(lengths), all_tokens + len(lengths) * max(lengths)
+    assert 1 - tokens / all_tokens < 0.08
 
 
 def test_products_in_float32_are_not_rounded_to_tf32(script, run):

@@ -1,5 +1,6 @@
 """Nothing is lost: resume is bitwise, and kills, damaged files and NaNs leave a whole checkpoint."""
 
+import copy
 import json
 import shlex
 import signal
@@ -66,7 +67,7 @@ def save_or_die(state, path):
     save(state, path)
 torch.save = save_or_die
 runs = [script.parse_args(argv) for argv in {runs!r}]
-model, _ = script.load_policy(runs[0])  # imports, once, what all of them need
+model = script.load_policy(runs[0])[0]  # imports, once, what all of them need
 torch.optim.AdamW(model.parameters())
 for args in runs:
     if os.fork() == 0:
@@ -100,9 +101,8 @@ def test_a_run_killed_in_the_middle_of_a_save_goes_on_bitwise(script, run, flags
         assert without_times(broken) == without_times(whole), name
         weights = [(folder / "final" / "model.safetensors").read_bytes() for folder in (broken, whole)]
         assert weights[0] == weights[1]
-        if stretch:
-            samples = [(folder / "samples.jsonl").read_text() for folder in (broken, whole)]
-            assert samples[0] == samples[1] and samples[0].count("\n") == 5 * 2 * 4  # evaluations, modes, prompts
+        samples = [line[mode] for line in without_times(broken) for mode in line if mode.startswith("samples")]
+        assert [len(some) for some in samples] == ([4] * 5 * 2 if stretch else [])  # of evaluations and modes; prompts
     assert state(script, whole)["optimizer"]["state"]  # AdamW's moments are compared too
 
 
@@ -121,23 +121,101 @@ def refused(run, script, *more):
     return str(error.value)
 
 
+@pytest.fixture
+def broken_after_2(run, monkeypatch, tmp_path):
+    """broken_after_2(script, "--lr", 1): a run that ends with an error in update 3 and leaves the checkpoint of 2."""
+
+    def train(script, *more):
+        accumulate, calls = script.accumulate_gradient, []
+
+        def accumulate_or_die(*what):
+            calls.append(torch.is_grad_enabled())
+            if sum(calls) == 3:
+                raise torch.cuda.OutOfMemoryError
+            return accumulate(*what)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(script, "accumulate_gradient", accumulate_or_die)
+            with pytest.raises(torch.cuda.OutOfMemoryError):
+                run(script, "--save_every", 2, "--max_new_tokens", 8, *more)
+        assert state(script, tmp_path / "run")["step"] == 2
+
+    return train
+
+
+FREE = {"--micro_tokens": 40, "--gen_batch": 3, "--activation_checkpointing": None, "--save_every": 3, "--eval_every": 1}
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+def test_what_only_cuts_saves_or_shows_may_differ(script, run, broken_after_2, tmp_path, sampled):
+    """Out of memory, resume with smaller micro-batches: it goes on as if nothing had been, from another folder too."""
+    (tmp_path / "reward.py").write_text(REWARD)
+    more = ("--sample_every", 4, "--group_size", 4, "--reward", f"{tmp_path / 'reward.py'}:length") if sampled else ()
+    whole = run(script, *more, "--output_dir", tmp_path / "whole", "--max_new_tokens", 8)
+    broken_after_2(script, *more)
+    (tmp_path / "run").rename(tmp_path / "elsewhere")
+    free = [x for flag, value in FREE.items() for x in (flag, value) if x is not None]
+    lines = run(script, *more, "--max_new_tokens", 8, *free, "--output_dir", tmp_path / "elsewhere", "--resume")
+    assert [line["step"] for line in lines] == [0, 1, 2, 3, 4]
+    for ours, theirs in zip(lines, whole):
+        names = {name for name in theirs if not name.startswith("samples")} - {*TIMES}
+        assert {x: ours[x] for x in names} == pytest.approx({x: theirs[x] for x in names}, rel=1e-4, abs=1e-5)
+    assert sum("eval_loss" in line or "eval_gain" in line or "eval_reward_greedy" in line for line in lines) == 4
+
+
+def test_all_other_flags_may_not_differ(script, flags):
+    """Each flag in turn: it is in what a checkpoint says of its run, or it may differ."""
+    args = script.parse_args(flags(script))
+    run = script.identity([], 4, args)
+    for name in vars(args):
+        other = copy.copy(args)
+        setattr(other, name, "another")
+        free = name in {*(flag[2:] for flag in FREE), "device", "output_dir", "resume", "overwrite"}
+        assert (script.identity([], 4, other) == run) == free, name
+    assert {"steps", "epochs", "lr", "data", "lora_rank", "updates", "data_crc32", "script"} <= run.keys()
+
+
 def test_resume_of_another_run_is_refused(run, data, tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(data["dpo"].read_bytes())
     run(humanline_dpo, "--data", path)
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
     for more, difference in [
-        (("--lr", 0.5), "it ran with {'lr': 0.001}"),
+        (("--lr", 0.5), "it ran with {'lr': 0.001}; take the same, or begin with --overwrite"),
         (("--seed", 1), "it ran with {'seed': 0}"),
         (("--plain",), "'sync_every': 1"),
-        (("--steps", 9), "'steps': 4"),
+        (("--steps", 9), "it ran with {'steps': 4, 'updates': 4}"),
+        (("--epochs", 2), "it ran with {'epochs': 1}"),
         (("--log_eps_P=-1.0",), "it ran with {'log_eps_P': -1.5}"),
     ]:
         assert difference in refused(run, humanline_dpo, "--data", path, *more)
     assert "humanline_dpo.py" in refused(run, humanline_kto, "--data", data["kto"])  # another script
-    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:-1]))
-    assert "'rows': 44" in refused(run, humanline_dpo, "--data", path)
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("change", ["a letter", "a row less", "another order"])
+def test_resume_with_other_data_is_refused(script, run, data, tmp_path, change):
+    """In the same file; a checksum of the token ids finds it, at the same number of rows too."""
+    path = tmp_path / "rows.jsonl"
+    rows = data[script.__name__.removeprefix("humanline_")].read_text().splitlines(keepends=True)
+    path.write_text("".join(rows))
+    run(script, "--data", path, "--eval_size", 0)
+    seen = [line for line in rows if '"prompt": "' in line]
+    assert len(seen) == 48
+    if change == "a letter":
+        at = rows[20].index('"prompt": "') + 11
+        rows[20] = rows[20][:at] + ("a" if rows[20][at] != "a" else "b") + rows[20][at + 1 :]
+    path.write_text("".join(rows[:-1] if change == "a row less" else rows[::-1] if change == "another order" else rows))
+    assert "it ran with {'data_crc32': " in refused(run, script, "--data", path, "--eval_size", 0)
+
+
+def test_a_checkpoint_that_lacks_a_flag_names_it(script, run, tmp_path):
+    """As one of an older version does."""
+    run(script)
+    saved = state(script, tmp_path / "run")
+    del saved["run"]["lora_rank"]
+    torch.save(saved, tmp_path / "run" / "checkpoint.pt")
+    assert "it ran with {'lora_rank': None}" in refused(run, script)
 
 
 @pytest.mark.parametrize("damage", ["missing", "empty", "cut short", "not a zip"])
@@ -171,7 +249,7 @@ def test_nothing_of_a_non_finite_update_is_kept(script, run, spy, tmp_path, monk
         return z, low, high
 
     monkeypatch.setattr(script, "perceive", perceive_badly)
-    with pytest.raises(BadInput, match="update 3: .*nan.*not applied"):
+    with pytest.raises(BadInput, match="update 3: .*nan.*not applied; begin anew with a lower --lr, --resume would"):
         run(script, "--save_every", 1)
     saved, good = state(script, tmp_path / "run"), state(script, tmp_path / "good")
     assert saved["step"] == 2 and same(saved["model"], good["model"])
@@ -199,6 +277,26 @@ def test_overwrite_starts_anew(script, run, tmp_path):
     run(script, "--save_every", 1)
     lines = run(script, "--overwrite", "--steps", 2)
     assert state(script, tmp_path / "run")["step"] == 2 and [line["step"] for line in lines] == [0, 1, 2]
+
+
+def test_overwrite_leaves_nothing_of_the_run_before(script, run, tmp_path, monkeypatch):
+    """One that fails at once has no weights, no checkpoint and no metrics of another; one whose input is bad has
+    touched nothing."""
+    run(script)
+    with pytest.raises(BadInput):
+        run(script, "--overwrite", "--data", "nowhere.jsonl")
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"checkpoint.pt", "metrics.jsonl", "final"}
+    monkeypatch.setattr(script, "evaluate", lambda *what: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(script, "--overwrite")
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_an_output_folder_that_is_empty_is_taken(script, run, tmp_path):
+    (tmp_path / "run").mkdir()
+    assert len(run(script, "--steps", 1)) == 2
+    with pytest.raises(BadInput, match="--output_dir .*run is not empty; add --resume or --overwrite"):
+        run(script, "--steps", 1)
 
 
 def test_from_the_shell(flags, tmp_path):

@@ -2,7 +2,10 @@
 
 import json
 import re
+import runpy
+import shlex
 import shutil
+import sys
 
 import datasets
 import pytest
@@ -12,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import humanline_dpo as dpo
 import humanline_grpo as grpo
 import humanline_kto as kto
-from common import BadInput, encode_prompt
+from common import BadInput, encode
 from conftest import make_rows, metrics_of, write_jsonl
 
 
@@ -39,7 +42,7 @@ def refused(run, tmp_path):
 ANY = """
     --lr 0 | --lr nan | --lr 1 | --lr 1e400 | --lr x | --beta nan | --beta=-0.1 | --max_grad_norm 0
     --sync_every=-1 | --sync_every 1.5 | --log_eps_P 0 | --log_eps_P nan | --log_eps_P=-inf
-    --log_eps_R 0 | --log_eps_R inf | --gamma_P 0 | --gamma_R=-1 | --humanline clamp
+    --log_eps_R 0 | --log_eps_R inf | --humanline clamp | --lora_rank=-1 | --chat_template_kwargs x
     --batch_size 0 | --steps 0 | --epochs 0 | --seed=-1 | --warmup=-1 | --micro_tokens 0
     --max_length 1 | --max_rows 0 | --eval_size=-1 | --save_every=-1 | --eval_every=-1
     --sample_every=-1 | --group_size 1 | --temperature 0 | --max_new_tokens 0 | --gen_batch 0
@@ -69,11 +72,13 @@ def test_what_a_flag_may_be(flags):
     ("--max_length 3", "0 rows fill no batch"),  # the prompt leaves no room for a response
     ("--batch_size 1000", "rows fill no batch; lower --batch_size"),
     ("--eval_size 1000", "0 rows fill no batch; lower --batch_size or --eval_size"),
-    ("--data nowhere.jsonl", "nowhere.jsonl: missing, empty or broken: "),
-    ("--data ./nowhere", "./nowhere: missing, empty or broken: "),
-    ("--data nobody/nothing:main:test", "nobody/nothing:main:test: missing, empty or broken: "),
-    ("--eval_data nowhere.jsonl", "nowhere.jsonl: missing, empty or broken: "),
-    ("--model ./nowhere", "--model ./nowhere: "),
+    ("--data nowhere.jsonl", "nowhere.jsonl: [Errno 2] No such file"),
+    ("--data ./nowhere", "./nowhere: Couldn't reach"),
+    ("--data nobody/nothing:main:test", "nobody/nothing:main:test: Couldn't reach"),
+    ("--eval_data nowhere.jsonl", "nowhere.jsonl: [Errno 2] No such file"),
+    ("--model ./nowhere", "--model ./nowhere: there is no such folder"),
+    ("--model tests/nowhere", "--model tests/nowhere: there is no such folder"),
+    ("--model tests/experiments/nowhere", "--model tests/experiments/nowhere: there is no such folder"),
     ("--model runs/dpo/final", "--model runs/dpo/final: "),
     ("--model nobody/nothing", "--model nobody/nothing: "),
     ("--reward nowhere.py:f", "--reward takes FILE.py:FUNCTION, not nowhere.py:f: "),
@@ -86,39 +91,94 @@ def test_what_is_not_there_or_does_not_fit(script, refused, argv, words):
 
 # --- files and rows --------------------------------------------------------------------------------
 
-BAD_LINES = {"cut": b'{"prompt": "a', "number": b"9" * 5000, "deep": b"[" * 10**5, "list": b"[1, 2]",
-             "bytes": b'{"prompt": "\xff"}', "surrogate": rb'{"prompt": "\ud800"}'}  # fmt: skip
+BAD_LINES = {  # after 48 good ones
+    "cut": (b'{"prompt": "a', "line 49 is no JSON object: Invalid control character at: line 1 column 14"),
+    "number": (b"9" * 5000, "line 49 is no JSON object: "),
+    "deep": (b"[" * 10**5, "line 49 is no JSON object: "),
+    "list": (b"[1, 2]", "line 49 is no JSON object: "),
+    "a list that could be a row": (b'[{"prompt": "a", "chosen": "b"}]', "line 49 is no JSON object: "),
+    "null": (b"null", "line 49 is no JSON object: "),
+    "text": (b'"abc"', "line 49 is no JSON object: "),
+    "blank": (b"", "line 49 is no JSON object: "),
+    "bytes": (b'{"prompt": "\xff"}', "line 49 is no JSON object: 'utf-8' codec can't decode byte 0xff"),
+    "surrogate": (rb'{"prompt": "\ud800", "chosen": "a", "rejected": "b"}', "row 49 (columns prompt, chosen, rejected): "),
+}
 
 
+@pytest.mark.parametrize("name", ["bad.jsonl", "bad.json"])
 @pytest.mark.parametrize("line", BAD_LINES)
-def test_bad_lines(script, refused, data, tmp_path, line):
-    good = data[kind_of(script)].read_bytes()
-    (tmp_path / "bad.jsonl").write_bytes(good + BAD_LINES[line] + b"\n")
-    refused(script, "bad.jsonl: missing, empty or broken: ", "--data", tmp_path / "bad.jsonl")
+def test_a_broken_line_is_named_by_its_number(refused, data, tmp_path, name, line):
+    text, words = BAD_LINES[line]
+    (tmp_path / name).write_bytes(data["dpo"].read_bytes() + text + b"\n")
+    refused(dpo, f"{name}: {words}", "--data", tmp_path / name)
 
 
-@pytest.mark.parametrize("name, content", [("bad.jsonl", "\n"), ("bad.json", "[]"), ("bad.parquet", "")])
-def test_an_empty_file(script, refused, tmp_path, name, content):
+def test_the_first_line_may_be_the_broken_one(script, refused, data, tmp_path):
+    (tmp_path / "bad.jsonl").write_bytes(b"null\n" + data[kind_of(script)].read_bytes())
+    refused(script, "bad.jsonl: line 1 is no JSON object: ", "--data", tmp_path / "bad.jsonl")
+
+
+@pytest.mark.parametrize("name, content, words", [
+    ("bad.jsonl", "\n", "bad.jsonl: line 1 is no JSON object"), ("bad.json", "[]", "bad.json: line 1 is no JSON object"),
+    ("bad.parquet", "", "bad.parquet: "), ("bad.jsonl", "", "0 rows fill no batch"),
+])  # fmt: skip
+def test_an_empty_file(script, refused, tmp_path, name, content, words):
     (tmp_path / name).write_text(content)
-    refused(script, f"{name}: missing, empty or broken: ", "--data", tmp_path / name)
+    refused(script, words, "--data", tmp_path / name)
+
+
+def test_text_stays_text(script, run, tmp_path):
+    """A date is no datetime: not as a response, and not where a reward reads it."""
+    (tmp_path / "dates.py").write_text(
+        "from humanline_grpo import math_reward\nasked = []\ndef right(answer, unread, **columns):\n"
+        "    assert set(answer) <= {'2024-05-01', '2024-05-02'}, answer\n    asked.extend(unread)\n"
+        "    says = [day if i % 2 else '2018' for i, day in enumerate(answer)]  # not 2024 - 5 - 1\n"
+        "    paid = math_reward(says, says, answer)\n"
+        "    assert paid == [i % 2 for i in range(len(answer))], paid\n    return paid\n")  # fmt: skip
+    rows = [row | {"answer": f"2024-05-0{i % 2 + 1}", "unread": None} for i, row in enumerate(make_rows("dpo", 12))]
+    rows[-1]["unread"] = 1.5  # after nulls
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    run(script, "--data", path, "--sample_every", 1, "--reward", tmp_path / "dates.py:right", "--group_size", 2,
+        "--max_new_tokens", 4, "--steps", 3, "--eval_size", 0)  # fmt: skip
+    assert set(sys.modules["dates"].asked) == {None, 1.5}
+    del sys.modules["dates"], sys.modules["humanline_grpo"]
+    sys.modules["humanline_grpo"] = grpo
+
+
+@pytest.mark.parametrize("flags", [(), ("--max_rows", 12)])
+def test_a_response_may_be_a_date_and_an_unread_column_null(policy, tmp_path, flags):
+    rows = make_rows("dpo", 12)
+    rows = [row | {"chosen": f"2024-05-{i:02}", "unread": None if i < 12 else 1.5} for i, row in enumerate(rows, 1)]
+    args = dpo.parse_args(["--model", "x", "--max_length", "64", *map(str, flags)])
+    path, tokenizer = write_jsonl(tmp_path / "rows.jsonl", rows), AutoTokenizer.from_pretrained(policy)
+    found = dpo.load_rows(str(path), args.max_rows, tokenizer, print, args)  # with a reward rows keep their source
+    for row, encoded in zip(rows, found, strict=True):
+        assert encoded.examples[0].response == tokenizer(row["chosen"] + "<|end|>", add_special_tokens=False)["input_ids"]
+    assert [row.source for row in found] == rows
 
 
 USER, BOT = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+HH = "\n\nHuman: Name a fruit.\n\nAssistant: An apple."  # of HH-RLHF
 BAD_ROWS = [  # changes to the 18th row, and what is said
     (dpo, {"chosen": ""}, "chosen is empty; give it a text or drop the row"),
     (dpo, {"chosen": " "}, "chosen is empty"),
-    (dpo, {"chosen": None}, "chosen is null or missing"),
+    (dpo, {"chosen": None}, "chosen is no text, nor messages with a role and a text: None"),
     (dpo, {"chosen": 7}, "chosen is no"),
     (dpo, {"rejected": []}, "rejected is empty"),
     (dpo, {"rejected": ["b"]}, "rejected is no"),
-    (dpo, {"rejected": [{"role": "robot", "content": "b"}]}, "rejected is no"),
+    (dpo, {"rejected": [{"role": None, "content": "b"}]}, "rejected is no"),
+    (dpo, {"rejected": [{"role": "robot", "content": "b"}]}, "the prompt and rejected begin differently"),
     (dpo, {"rejected": [{"role": "assistant"}]}, "rejected is no"),
     (dpo, {"rejected": [{"role": "assistant", "content": " "}]}, "rejected is empty"),
-    (dpo, {"rejected": [USER]}, "rejected ends with no assistant message"),
+    (dpo, {"rejected": [USER]}, "the prompt and rejected begin differently"),
+    (dpo, {"rejected": [BOT, USER]}, "rejected ends with a message of role user"),
     (dpo, {"prompt": " "}, "the prompt is empty"),
-    (dpo, {"prompt": None}, "the prompt is null or missing"),
-    (dpo, {"prompt": [USER, BOT]}, "the prompt ends with an assistant message"),
-    (dpo, {"chosen": [USER, BOT], "rejected": [BOT, USER, BOT]}, "chosen and rejected have different prompts"),
+    (dpo, {"prompt": None}, "there is no prompt; give a column prompt, or whole dialogues"),
+    (dpo, {"prompt": 7}, "the prompt is no text"),
+    (dpo, {"prompt": []}, "there is no prompt"),
+    (dpo, {"chosen": [BOT, USER, BOT]}, "chosen and rejected have different prompts"),
+    (dpo, {"prompt": None, "chosen": HH, "rejected": HH}, "there is no prompt; give a column prompt, or whole dialogues"),
+    (kto, {"prompt": None, "completion": HH}, "there is no prompt; give a column prompt, or whole dialogues"),
     (kto, {"label": 0.9}, "label is 0.9; write true or false"),
     (kto, {"label": -1}, "label is -1"),
     (kto, {"label": 2}, "label is 2"),
@@ -133,7 +193,9 @@ BAD_ROWS = [  # changes to the 18th row, and what is said
     (grpo, {"rewards": [1.0, True]}, "rewards must be finite numbers"),
     (grpo, {"rewards": [1.0, "x"]}, "rewards must be finite numbers"),
     (grpo, {"completions": ["a", ""]}, "completions is empty"),
-    (grpo, {"completions": ["a", None]}, "completions is null or missing"),
+    (grpo, {"completions": ["a", None]}, "completions is no text"),
+    (grpo, {"completions": [], "rewards": []}, "completions and rewards are not two lists of one length, of 2 at least"),
+    (grpo, {"completions": ["a"], "rewards": [1.0]}, "completions and rewards are not two lists of one length, of 2"),
 ]
 
 
@@ -147,9 +209,9 @@ def test_bad_rows(script, refused, tmp_path, change, words):
 
 
 @pytest.mark.parametrize("script, name, words", [
-    (dpo, "chosen", "row 1 (columns prompt, new, rejected): chosen is null or missing"),
-    (dpo, "prompt", "row 1 (columns new, chosen, rejected): the prompt is null or missing"),
-    (kto, "completion", "row 1 (columns prompt, new, label): completion is null or missing"),
+    (dpo, "chosen", "row 1 (columns prompt, new, rejected): chosen is no text"),
+    (dpo, "prompt", "row 1 (columns new, chosen, rejected): there is no prompt"),
+    (kto, "completion", "row 1 (columns prompt, new, label): completion is no text"),
     (kto, "label", "row 1 (columns prompt, completion, new): label is None"),
     (grpo, "completions", "row 1 (columns prompt, new, rewards): "),
     (grpo, "rewards", "row 1 (columns prompt, completions, new): completions and rewards are not"),
@@ -160,12 +222,15 @@ def test_a_misspelt_column(script, refused, tmp_path, name, words):
     refused(script, words, "--data", write_jsonl(tmp_path / "rows.jsonl", rows))
 
 
-@pytest.mark.parametrize("prompt, words", [
-    ("a\ud800", "lone surrogate"), (None, "null"), (7, "the prompt is no"), ([], "empty"), ({}, "the prompt is no")
+@pytest.mark.parametrize("row, words", [
+    ({"prompt": "a\ud800"}, ""), ({"prompt": None}, "there is no prompt"), ({"prompt": 7}, "the prompt is no text"),
+    ({"prompt": []}, "there is no prompt"), ({"prompt": {"a": 1}}, "the prompt is no text"), ({}, "there is no prompt"),
 ])  # fmt: skip
-def test_bad_texts_that_no_json_file_can_hold(policy, prompt, words):
-    with pytest.raises(BadInput, match=words):
-        encode_prompt(AutoTokenizer.from_pretrained(policy), prompt)
+def test_bad_prompts_for_rollouts(script, refused, tmp_path, row, words):
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "a"}, row | {"n": 1}])
+    (tmp_path / "zero.py").write_text("def f(completions, **columns):\n    return [0.0] * len(completions)\n")
+    refused(script, f"rows.jsonl: row 2 (columns {', '.join([*row, 'n'])}): {words}", "--data", path,
+            "--sample_every", 1, "--reward", tmp_path / "zero.py:f", "--max_new_tokens", 8)  # fmt: skip
 
 
 def test_kto_needs_both_classes(refused, tmp_path):
@@ -173,20 +238,15 @@ def test_kto_needs_both_classes(refused, tmp_path):
     refused(kto, "all rows have one label", "--data", write_jsonl(tmp_path / "rows.jsonl", rows))
 
 
-def test_kto_needs_two_prompts_in_a_batch(refused, tmp_path):
-    rows = [dict(row, prompt="abc" if i else "abd") for i, row in enumerate(make_rows("kto", 48))]
-    path = write_jsonl(tmp_path / "rows.jsonl", rows)
-    refused(kto, "a batch has one prompt", "--data", path, "--eval_size", 0, "--steps", 20)
-
-
-@pytest.mark.parametrize("rows", [
-    make_rows("grpo", 47) + [{"prompt": "a", "completions": ["b"], "rewards": [1.0]}],
-    make_rows("grpo", 47) + [{"prompt": "a", "completions": ["b"] * 9, "rewards": [1.0] * 9}],
-    [{"prompt": f"a{i // 2}", "completion": f"b{i}", "reward": i} for i in range(47)],
-], ids=["one", "nine", "a lone row"])  # fmt: skip
-def test_groups_have_two_responses_and_fit_a_batch(refused, tmp_path, rows):
+@pytest.mark.parametrize("rows, words", [
+    (make_rows("grpo", 47) + [{"prompt": "a", "completions": ["b"], "rewards": [1.0]}], "row 48 (columns prompt, comp"),
+    (make_rows("grpo", 47) + [{"prompt": "a", "completions": [], "rewards": []}], "row 48 (columns prompt, completions"),
+    (make_rows("grpo", 47) + [{"prompt": "a", "completions": ["b"] * 9, "rewards": [1.0] * 9}], "--batch_size"),
+    ([{"prompt": f"a{i // 2}", "completion": f"b{i}", "reward": i} for i in range(47)], "a group of 1 or 2: not from 2"),
+], ids=["one", "none", "nine", "a lone row"])  # fmt: skip
+def test_groups_have_two_responses_and_fit_a_batch(refused, tmp_path, rows, words):
     path = write_jsonl(tmp_path / "bad.jsonl", rows)
-    refused(grpo, "--batch_size", "--data", path, "--eval_size", 0, "--batch_size", 8)
+    refused(grpo, words, "--data", path, "--eval_size", 0, "--batch_size", 8)
 
 
 def test_equal_responses_are_dropped_and_counted(run, refused, tmp_path, capsys):
@@ -195,7 +255,7 @@ def test_equal_responses_are_dropped_and_counted(run, refused, tmp_path, capsys)
     rows[3]["chosen"] = rows[3]["rejected"]
     rows[4] |= {"chosen": "a" * 70 + "b", "rejected": "a" * 70 + "c"}
     run(dpo, "--data", write_jsonl(tmp_path / "rows.jsonl", rows), "--steps", 1)
-    assert "rows.jsonl: 46 rows; 2 dropped: too long or nothing to learn" in capsys.readouterr().out
+    assert "rows.jsonl: 46 rows, 0 responses cut; 2 dropped: too long, no use" in capsys.readouterr().out
     shutil.rmtree(tmp_path / "run")
     rows = [dict(row, chosen=row["rejected"]) for row in rows]
     refused(dpo, "0 rows fill no batch", "--data", write_jsonl(tmp_path / "b.jsonl", rows))
@@ -206,7 +266,7 @@ def test_rows_without_room_are_dropped_and_counted(script, run, tmp_path, capsys
     for row in rows[:5]:
         row["prompt"] = "a" * 64
     run(script, "--data", write_jsonl(tmp_path / "rows.jsonl", rows), "--steps", 1)
-    assert f"{86 if script is grpo else 43} rows; 5 dropped" in capsys.readouterr().out
+    assert f"{86 if script is grpo else 43} rows, 0 responses cut; 5 dropped" in capsys.readouterr().out
 
 
 # --- models and folders ----------------------------------------------------------------------------
@@ -245,7 +305,7 @@ def broken_model(policy, folder, how):
 
 
 @pytest.mark.parametrize("how, words", [
-    ("nan", "weights are not finite: lm_head.weight"),
+    ("nan", "does not rebuild the logits of llama, or they are not finite"),
     ("missing tensor", "weights are missing: model.layers.1"),
     ("no weights", "model.safetensors"),
     ("cut weights", "--model"),
@@ -265,7 +325,9 @@ def test_messages_need_a_template_and_strings_do_not(script, run, refused, polic
         row["prompt"] = [{"role": "user", "content": row["prompt"]}]
     messages = write_jsonl(tmp_path / "messages.jsonl", rows)
     for more in (["--data", messages], ["--system_prompt", "a"]):
-        refused(script, "chat_template is not set", "--model", model, *more)
+        for where in (["--model", model], ["--raw"]):
+            refused(script, "row 1 (columns prompt, ", *where, *more)
+            refused(script, "messages need a chat template, and there is none (--raw: it is not used)", *where, *more)
     run(script, "--model", model, "--steps", 1)
 
 
@@ -295,19 +357,22 @@ def test_a_family_that_cannot_be_rebuilt_is_named(script, refused, policy, monke
 
 
 def test_an_output_folder_that_exists_needs_a_word(script, run, tmp_path):
+    (tmp_path / "run").mkdir()  # an empty one does not
     run(script, "--steps", 1)
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
-    with pytest.raises(BadInput, match="run exists; add --resume or --overwrite"):
+    with pytest.raises(BadInput, match="run is no empty folder; add --resume or --overwrite"):
         run(script, "--steps", 1)
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == before
     assert len(run(script, "--steps", 2, "--overwrite")) == 3  # and nothing of the first run
 
 
 @pytest.mark.parametrize("name", ["file", "file/below"])
-def test_an_output_folder_that_cannot_be(script, run, tmp_path, name):
+@pytest.mark.parametrize("more", [(), ("--overwrite",), ("--resume",)])
+def test_an_output_folder_that_cannot_be(script, run, tmp_path, name, more):
     (tmp_path / "file").touch()
-    with pytest.raises(BadInput, match="--output_dir .*file"):
-        run(script, "--output_dir", tmp_path / name, "--overwrite")
+    with pytest.raises(BadInput, match="^--output_dir .*file|--resume: .*file/below/checkpoint.pt: ") as error:
+        run(script, "--output_dir", tmp_path / name, *more)
+    assert "\n" not in str(error.value) and (tmp_path / "file").read_bytes() == b""
 
 
 # --- what is accepted ------------------------------------------------------------------------------
@@ -317,7 +382,7 @@ def test_max_rows_leaves_eval_data_whole(script, run, data, capsys):
     """And no held-out prompt is trained on."""
     run(script, "--max_rows", 30, "--eval_data", data[kind_of(script)], "--eval_size", 10, "--steps", 1)
     out, rows = capsys.readouterr().out, 2 if script is grpo else 1
-    assert f"{48 * rows} rows; 0 dropped" in out and f"{30 * rows} rows; 0 dropped" in out
+    assert all(f"{count * rows} rows, 0 responses cut; 0 dropped" in out for count in (48, 30))
     kept = int(re.search(r"(\d+) rows to train on, 10 prompts held out", out).group(1))
     assert 20 * rows <= kept < 30 * rows
 
@@ -325,7 +390,8 @@ def test_max_rows_leaves_eval_data_whole(script, run, data, capsys):
 def encoded(script, tokenizer, row, *flags):
     """The row's examples as text, with what else the script keeps of each."""
     args = script.parse_args(["--model", "x", "--max_length", "64", *flags])
-    return [(*[tokenizer.decode(e.ids) for e in found.examples], *found[1:-2])
+    kept = [name for name in ("desirable", "reward") if name in script.Row._fields]
+    return [(*[tokenizer.decode(e.ids) for e in found.examples], *[getattr(found, name) for name in kept])
             for found in script.encode_row(tokenizer, None, args, row)]  # fmt: skip
 
 
@@ -340,7 +406,6 @@ def test_all_forms_of_a_pair_are_the_same_tokens(policy):
         {"prompt": "abc", "chosen": a, "rejected": b},
         {"prompt": "abc", "chosen": user + a, "rejected": user + b},  # princeton-nlp/llama3-ultrafeedback-armorm
         {"chosen": user + a, "rejected": user + b, "score_chosen": 1.0},  # trl-lib/ultrafeedback_binarized
-        {"prompt": "something else", "chosen": user + a, "rejected": user + b},  # the whole dialogue wins
     ]
     for form in forms:
         assert encoded(dpo, tokenizer, form) == [(first, second)]
@@ -355,7 +420,7 @@ def test_all_forms_of_a_group_are_the_same_tokens(policy):
     user = [{"role": "user", "content": "abc"}]
     a, b = ([{"role": "assistant", "content": text}] for text in ("dd", "ee"))
     head, texts = "<|user|>abc<|end|><|assistant|>", ["dd", "ee"]
-    expected = [(head + "dd<|end|>", 1.0, 0.0), (head + "ee<|end|>", 2.0, 0.0)]
+    expected = [(head + "dd<|end|>", 1.0), (head + "ee<|end|>", 2.0)]
     forms = [
         {"prompt": "abc", "completions": texts, "rewards": [1, 2]},
         {"prompt": user, "completions": [a, b], "rewards": [1.0, 2.0]},
@@ -379,16 +444,17 @@ def test_dialogues_of_several_turns_share_all_but_the_last(policy):
 
 def test_raw_strings_are_left_alone_and_system_prompts_stand_first(policy):
     tokenizer, row = AutoTokenizer.from_pretrained(policy), {"prompt": "ab", "chosen": "c", "rejected": "d"}
-    assert encoded(dpo, tokenizer, row, "--raw") == [("abc<|end|>", "abd<|end|>")]
     head = "<|system|>la<|end|><|user|>ab<|end|><|assistant|>"
     assert encoded(dpo, tokenizer, row, "--system_prompt", "la") == [(head + "c<|end|>", head + "d<|end|>")]
+    tokenizer.chat_template = None  # as --raw does
+    assert encoded(dpo, tokenizer, row) == [("abc<|end|>", "abd<|end|>")]
 
 
 @pytest.mark.parametrize("form", ["json", "parquet"])
 def test_json_and_parquet(script, run, data, tmp_path, form):
     rows = datasets.Dataset.from_list([json.loads(line) for line in data[kind_of(script)].open()])
     path = tmp_path / f"rows.{form}"
-    rows.to_json(path, lines=False) if form == "json" else rows.to_parquet(path)
+    rows.to_json(path) if form == "json" else rows.to_parquet(path)
     losses = []
     for source in (path, data[kind_of(script)]):
         run(script, "--data", source, "--steps", 2, "--output_dir", tmp_path / f"{len(losses)}")
@@ -401,14 +467,43 @@ def test_json_and_parquet(script, run, data, tmp_path, form):
     ("a/b:main", "main", "train"),
     ("a/b:main:test", "main", "test"),
     ("a/b::train_prefs", None, "train_prefs"),
+    ("a/b:main:train[:5%]", "main", "train[:5%]"),
+    ("a/b::train[10:20]+test[:5%]", None, "train[10:20]+test[:5%]"),
 ])  # fmt: skip
 def test_hub_names(script, monkeypatch, source, name, split):
     seen = []
 
-    def load_dataset(path, **options):
-        seen.append((path, options))
+    def load_dataset(*names, **options):
+        seen.append((names, options))
         return datasets.Dataset.from_list([{"x": 1}, {"x": 2}])
 
     monkeypatch.setattr(script, "load_dataset", load_dataset)
-    assert script.load_rows(source, None, lambda row: [row["x"]]) == [1, 2]
-    assert seen == [("a/b", {"name": name, "split": split})]
+    assert [*script.read_file(source)] == [(1, {"x": 1}), (2, {"x": 2})]
+    assert seen == [(("a/b", name), {"split": split})]
+
+
+def test_help_says_what_needs_rollouts(script, capsys):
+    """--group_size does nothing without --sample_every, and --reward something else."""
+    with pytest.raises(SystemExit):
+        script.parse_args(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    rollouts = text.partition("rollouts")[2].partition("training:")[0]
+    assert rollouts.startswith(": none without --sample_every")
+    assert "--data: prompts" in rollouts.partition("--sample_every SAMPLE_EVERY")[2].partition("--reward")[0]
+    assert "without --sample_every it scores the evaluation only" in rollouts.partition("--reward REWARD")[2]
+    assert "if online" in rollouts.partition("--group_size GROUP_SIZE")[2].partition("--temp")[0]
+
+
+def test_the_command_that_ctrl_c_prints_is_quoted(script, monkeypatch):
+    import argparse
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    argv = [script.__file__, "--model", "a b", "--system_prompt", "it's $HOME"]
+    monkeypatch.setattr(sys, "argv", argv)
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(script.__file__, run_name="__main__")
+    command = end.value.code.partition("go on from any checkpoint: ")[2]
+    assert shlex.split(command) == ["python", *argv, "--resume"]

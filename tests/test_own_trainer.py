@@ -26,6 +26,7 @@ from conftest import ROOT, metrics_of
 README = ROOT / "README.md"
 TRL = importlib.util.find_spec("trl") is not None
 needs_trl = pytest.mark.skipif(not TRL, reason="trl is not installed")
+RANKS = [0, pytest.param(4, marks=pytest.mark.skipif(not importlib.util.find_spec("peft"), reason="no peft"), id="lora")]
 BLOCKS = ("own-loop", "no-second-model", "trl")  # in the text's order
 LOG_EPS, BETA, LR, UPDATES = (-0.2, 0.3), 0.5, 1e-2, 6
 
@@ -42,11 +43,19 @@ def block(name, *edits):
 
 @pytest.fixture(scope="module")
 def made(policy, data, tmp_path_factory):
-    """made(script, k): the batches of a run of the script, the losses of its updates, its metrics."""
+    """made(script, k): the batches of a run of the script, the losses of its updates, its metrics; with a rank also
+    made.adapters, those that the run began with."""
 
     @functools.cache
-    def make(script, k):
+    def make(script, k, rank=0):
         folder, batches, accumulate = tmp_path_factory.mktemp("run") / "run", [], script.accumulate_gradient
+        load_policy = script.load_policy
+
+        def load_and_tell(args):
+            loaded = load_policy(args)
+            weights = loaded[0].named_parameters()
+            adapters[script, k, rank] = {name: w.detach().clone() for name, w in weights if "lora_" in name}
+            return loaded
 
         def accumulate_and_tell(model, batch, mode, args):
             if torch.is_grad_enabled():
@@ -56,13 +65,15 @@ def made(policy, data, tmp_path_factory):
         argv = ["--model", policy, "--data", data[script.__name__[10:]], "--output_dir", folder, "--eval_size", 0,
                 "--max_length", 64, "--batch_size", 8, "--steps", UPDATES, "--beta", BETA, "--lr", LR, "--warmup", 0,
                 "--max_grad_norm", 1, "--log_eps_P", LOG_EPS[0], "--log_eps_R", LOG_EPS[1], "--sync_every", k,
-                "--device", "cpu"]  # fmt: skip
+                "--device", "cpu", "--lora_rank", rank]  # fmt: skip
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(script, "accumulate_gradient", accumulate_and_tell)
+            patch.setattr(script, "load_policy", load_and_tell)
             script.main(script.parse_args([str(x) for x in argv]))
         lines = metrics_of(folder)[1:]
         return batches, [line["loss"] for line in lines], lines
 
+    adapters = make.adapters = {}
     return make
 
 
@@ -83,9 +94,7 @@ def test_the_runs_tell_mistakes_apart(made):
 
 
 def load(policy):
-    model = AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float32).eval()
-    model.row_tokens = 0
-    return model
+    return AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float32).eval()
 
 
 def run_loop(code, model, batches, k, clamp_sums=False):
@@ -159,16 +168,23 @@ def rows_of(script, batches, tokenizer):
         return [{"role": role, "content": content}]
 
     rows = [row for batch in batches for row in batch]
-    if script is grpo:
-        return [{"prompt": message("user", text(row.examples[0])[0]), "ids": row.examples[0].ids,
-                 "prompt_len": row.examples[0].prompt_len, "advantage": row.advantage} for row in rows]  # fmt: skip
+    if script is grpo:  # both of a group stand together
+        groups = {}
+        for i, batch in enumerate(batches):
+            for row in batch:
+                groups.setdefault((i, row.examples[0].prompt), []).append(row)
+        pairs = [(row, advantage) for group in groups.values()
+                 for row, advantage in zip(group, grpo.group_advantages([row.reward for row in group]))]  # fmt: skip
+        return [{"prompt": message("user", text(row.examples[0])[0]), "ids": row.examples[0].ids.tolist(),
+                 "prompt_len": row.examples[0].prompt_len, "advantage": advantage} for row, advantage in pairs]  # fmt: skip
     return [{"prompt": message("user", text(row.examples[0])[0])}
             | {side: message("assistant", text(example)[1]) for side, example in zip(("chosen", "rejected"), row.examples)}
             for row in rows]  # fmt: skip
 
 
-def train_with_trl(code, kind, policy, rows, k, folder, prepare=lambda: None, **more):
-    """A trainer of the block after its six updates, and their losses. prepare() runs before it is made."""
+def train_with_trl(code, kind, policy, rows, k, folder, prepare=lambda: None, adapters=None, **more):
+    """A trainer of the block after its six updates, and their losses. prepare() runs before it is made; adapters,
+    if any, are trained in place of the weights."""
     from datasets import Dataset
     from trl import DPOConfig, GRPOConfig
 
@@ -179,6 +195,12 @@ def train_with_trl(code, kind, policy, rows, k, folder, prepare=lambda: None, **
                  gradient_accumulation_steps=2, use_cpu=True, bf16=False, report_to=[], save_strategy="no",
                  logging_steps=1, disable_tqdm=True, gradient_checkpointing=False) | more  # fmt: skip
     model = AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float32)
+    if adapters:
+        import peft
+
+        wrapped = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"))
+        assert not model.load_state_dict(adapters, strict=False).unexpected_keys
+        model = wrapped
     if kind == "dpo":
         args = DPOConfig(max_length=64, train_sampling_strategy="sequential", **every)
         data, options = Dataset.from_list(rows), {}
@@ -205,13 +227,21 @@ def train_with_trl(code, kind, policy, rows, k, folder, prepare=lambda: None, **
 
 
 @needs_trl
+@pytest.mark.parametrize("rank", RANKS)
 @pytest.mark.parametrize("k", [1, 3])
 @pytest.mark.parametrize("script", [dpo, grpo])
-def test_trl_makes_the_scripts_updates(script, k, made, policy, tmp_path):
-    batches, losses, _ = made(script, k)
-    rows = rows_of(script, batches, AutoTokenizer.from_pretrained(policy))
-    _, theirs = train_with_trl(block("trl"), script.__name__[10:], policy, rows, k, tmp_path)
+def test_trl_makes_the_scripts_updates(script, k, rank, made, policy, tmp_path):
+    batches, losses, lines = made(script, k, rank)
+    rows, adapters = rows_of(script, batches, AutoTokenizer.from_pretrained(policy)), made.adapters[script, k, rank]
+    assert bool(adapters) == bool(rank) and min(line["unclipped"] for line in lines) < 0.95
+    more = dict(policy=policy, rows=rows, k=k, folder=tmp_path, adapters=adapters)
+    trainer, theirs = train_with_trl(block("trl"), script.__name__[10:], **more)
     assert difference(losses, theirs) <= 1e-5
+    if rank:  # there is no second model, and with the copy after the step, or none, it is another run
+        assert trainer.ref_model is None and [*trainer.model.peft_config] == ["default", "ref"]
+        copy = 'policy.get_parameter(name.replace(".default.", ".ref.")).data.copy_(weight)'
+        _, mutant = train_with_trl(block("trl", (copy, "pass")), script.__name__[10:], **more)
+        assert difference(losses, mutant) > 1e-3
 
 
 @needs_trl
@@ -219,7 +249,7 @@ def test_the_trl_mutants_differ(made, policy, tmp_path):
     """Among them TRL's own sync, which comes after the step."""
     batches, losses, _ = made(dpo, 1)
     rows = rows_of(dpo, batches, AutoTokenizer.from_pretrained(policy))
-    sync = "SyncRefModelCallback.sync_target_model(self.accelerator.unwrap_model(self.model), self.ref_model, 1.0)"
+    sync = "SyncRefModelCallback.sync_target_model(policy, self.ref_model, 1.0)"
     clamp = "z.clamp(self.log_eps_P, self.log_eps_R)"
     total = "z.sum(1, keepdim=True)"
     summed = f"z + ({total}.clamp(self.log_eps_P, self.log_eps_R) - {total}) / z.shape[1]"

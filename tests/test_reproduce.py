@@ -270,7 +270,7 @@ def test_the_floor_by_hand():
         hidden_size, num_hidden_layers, intermediate_size, vocab_size = 4, 1, 8, 10
         num_attention_heads = num_key_value_heads = 2
 
-    example = common.Example([1] * 5, 3)
+    example = common.Example(torch.ones(5), 3)
     body = 4 * 4 * 4 + 3 * 4 * 8  # q, k, v, o; gate, up, down
     forward = 2 * body * 5 + 2 * 4 * 10 * 2 + 2 * 5**2 * 4
     assert bench.floor([humanline_dpo.Row([example] * 2)], Config, rate=2.0) == 2 * 4 * forward / 2
@@ -280,9 +280,9 @@ def test_the_floor_by_hand():
 
 def test_padding_by_hand():
     """Two rows of 10 and 6 tokens in one forward; KTO's mismatched pair of 9 tokens in one of its own."""
-    labelled = [humanline_kto.Row([common.Example([1] * n, 3)], True) for n in (6, 10)]
+    labelled = [humanline_kto.Row([common.Example(torch.ones(n), 3)], True) for n in (6, 10)]
     assert bench.padded_share(labelled, 100) == pytest.approx(4 / 20)
-    mismatched = humanline_kto.Row([common.Example([2] * 9, 3)])
+    mismatched = humanline_kto.Row([common.Example(torch.ones(9), 3)])
     assert bench.padded_share([*labelled, mismatched], 100) == pytest.approx(4 / 29)
     assert bench.padded_share(labelled, 10) == 0
 
@@ -366,7 +366,8 @@ def test_the_sentences_say_what_the_verdicts_say(monkeypatch):
         "not shown to differ from plain's at β = 0.3, 1 (DPO) and 0.1, 0.3, 1, 3 (KTO). Humanline at β = 3 less plain at "
         "β = 0.1: DPO −0.25 [−0.25, −0.25]: below 0, KTO −0.25")
     words = tables.clipping_sentence()
-    assert "above 0 in 1 of 12 " in words and "below 0 in 10, and its interval holds 0 in 1, in 1 of them" in words
+    assert "syncing alone 12 times" in words and "raised the win rate once and lowered it 10 times;" in words
+    assert "the other 1 intervals hold 0, once with a difference of exactly 0." in words
     assert words.endswith("8 runs of DPO and KTO: plain 0, humanline 0, synced only 0, clipped only 4, humanline sampling 0.")
 
 

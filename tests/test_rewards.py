@@ -1,17 +1,23 @@
-"""The two rewards of humanline_grpo.py: answers by hand, and a tiny classifier."""
+"""The reward of humanline_grpo.py, answers by hand; a tiny classifier; how rewards of one's own are loaded and called."""
 
 import importlib.util
 import json
+import re
+import subprocess
+import sys
 
 import pytest
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
 import alpaca_eval
-import common
 import humanline_grpo as grpo
-from conftest import ROOT, SHARED, write_jsonl
+import model_reward
+from common import BadInput, encode
+from conftest import ROOT, SHARED, make_rows, write_jsonl
 
+TRL = importlib.util.find_spec("trl") is not None
+needs_trl = pytest.mark.skipif(not TRL, reason="trl is not installed")
 needs_math_verify = pytest.mark.skipif(not importlib.util.find_spec("math_verify"), reason="no math-verify")
 
 HARD = [  # (completion, the row's answer, right), boxed too
@@ -73,6 +79,40 @@ ANSWERS = [
     ("12,345,678", "12345678", True),
     ("1e999", "5", False),
     *HARD,
+    # Words, phrases and dates are not products and differences of their letters and numbers.
+    ("\\boxed{no}", "on", False),
+    ("The answer is \\boxed{on}. I am sure.", "no", False),
+    ("The answer is \\boxed{no}. I am sure.", "no", True),
+    ("\\boxed{\\textbf{No}}", "no", True),
+    ("**Yes**", "Yes", True),
+    ("#### Yes", "yes", True),
+    ("\\boxed{\\text{Yes.}}", "(yes)", True),
+    ("\\boxed{\\text{No solution}}", "no solution", True),
+    ("\\boxed{on solution}", "no solution", False),
+    ("\\boxed{\\text{even} + 1}", "\\text{even}", False),
+    ("2024-05-01", "2024-05-01", True),
+    ("2018", "2024-05-01", False),
+    ("it was \\boxed{\\text{2024-01-05}}", "2024-05-01", False),
+    # But what has a sign, bars or a backslash is mathematics.
+    ("\\boxed{\\pi}", "-\\pi", False),
+    ("\\boxed{-\\pi}", "\\pi", False),
+    ("\\boxed{-\\infty}", "\\infty", False),
+    ("\\boxed{\\frac{2\\pi}{2}}", "\\pi", True),
+    ("\\boxed{xy}", "-xy", False),
+    # Thoughts: what follows the last one is judged; one without an end is worth nothing.
+    ("<think>17, no: 18</think> It is 17.", "18", False),
+    ("<think>17</think> It is 18.", "18", True),
+    ("17</think> It is \\boxed{18}", "18", True),
+    ("<think>It is \\boxed{18}", "18", False),
+    ("<think>\\boxed{18}</think>", "18", False),
+    ("<think>a</think> 18 <think>b", "18", False),
+    # Marks.
+    ("so\n#### **18**", "18", True),
+    ("so\n#### Final Answer\n18", "18", True),
+    ("so\n#### **Final Answer**\n\n$18", "18", True),
+    ("so\n#### 18 dollars in all", "18", True),
+    ("so\n#### The final answer is: 18", "18", True),
+    ("so\n#### 18 dollars in all", "17", False),
     *((f"so \\boxed{{{completion}}}", gold, right) for completion, gold, right in HARD),
 ]
 
@@ -88,8 +128,16 @@ def test_math_reward(completion, gold, right):
 @needs_math_verify
 @pytest.mark.parametrize("gold", [None, "", "  ", "####", "\\boxed{}"])
 def test_a_gold_answer_that_cannot_be_read_is_no_reward(gold):
-    assert not grpo.math_reward.usable({"answer": gold}) and not grpo.math_reward.usable({})
+    assert not grpo.math_reward.usable({"answer": gold})
     assert grpo.math_reward(["q"] * 3, ["5", "", "None"], answer=[gold] * 3) == [0.0] * 3
+
+
+@needs_math_verify
+@pytest.mark.parametrize("gold", ["proof", "Proof.", "notfound", "\\text{proof}", "None"])
+def test_a_gold_answer_that_says_that_there_is_none_is_not_usable(gold):
+    """NuminaMath's. Letters were multiplied, so that "forop" was paid."""
+    assert not grpo.math_reward.usable({"answer": gold})
+    assert grpo.math_reward(["q"], ["\\boxed{forop}"], answer=[gold]) == [0.0]
 
 
 @needs_math_verify
@@ -98,7 +146,7 @@ def test_a_gold_answer_may_be_the_number_0():
 
 
 @needs_math_verify
-def test_an_online_run_on_gsm8k(run, spy, policy, tmp_path, capsys):
+def test_an_online_run_on_gsm8k(run, policy, tmp_path, capsys, monkeypatch):
     """Real questions and the real reward, named as a user names it. A response is one character of a random
     model, so half of the answers are one digit."""
     if not (SHARED / "gsm8k_train.jsonl").exists():
@@ -107,22 +155,162 @@ def test_an_online_run_on_gsm8k(run, spy, policy, tmp_path, capsys):
     rows = [row for row in rows if len(row["question"]) < 200][:30]
     rows = [row | {"answer": row["answer"] if i % 2 else f"so\n#### {i % 10}"} for i, row in enumerate(rows)]
     path = write_jsonl(tmp_path / "rows.jsonl", [*rows, {"question": "what", "answer": "####"}])
-    seen, tokenizer = spy(grpo), AutoTokenizer.from_pretrained(policy)
-    lines = run(grpo, "--data", path, "--reward", f"{ROOT / 'humanline_grpo.py'}:math_reward", "--max_length", 256,
-                "--max_new_tokens", 1, "--temperature", 1.0, "--steps", 4, "--sample_every", 2, "--group_size", 8,
-                "--batch_size", 64, "--micro_tokens", 10**6)  # fmt: skip
-    assert "rows.jsonl: 30 rows; 1 dropped" in capsys.readouterr().out
-    golds = {tuple(common.encode_prompt(tokenizer, row["question"])[0]): row["answer"].split()[-1] for row in rows}
+    batches, accumulate = [], grpo.accumulate_gradient
+
+    def accumulate_and_tell(model, batch, mode, args):
+        batches.append(batch)
+        return accumulate(model, batch, mode, args)
+
+    monkeypatch.setattr(grpo, "accumulate_gradient", accumulate_and_tell)
+    argv = ["--data", path, "--reward", f"{ROOT / 'humanline_grpo.py'}:math_reward", "--max_length", 256,
+            "--max_new_tokens", 1, "--temperature", 1.0, "--steps", 4, "--sample_every", 2, "--group_size", 8,
+            "--batch_size", 64, "--micro_tokens", 10**6, "--seed", 3]  # fmt: skip
+    lines = run(grpo, *argv)
+    out, tokenizer = capsys.readouterr().out, AutoTokenizer.from_pretrained(policy)
+    assert "rows.jsonl: 30 rows, 0 responses cut; 1 dropped" in out
+    shown = out.partition("the first example:\n")[2].partition("<|assistant|>")[0]
+    assert shown.startswith("<|user|>") and len(shown) > 30 and "nan" not in out  # the prompt, no quartiles
+    args = grpo.parse_args(["--model", "x", "--max_length", "256"])
+    golds = {encode(tokenizer, row, None, args).prompt: row["answer"].split()[-1] for row in rows}
     wins = []
-    for line, (examples, _, _) in zip(lines[1:], seen):
-        won = [tokenizer.decode(e.ids[e.prompt_len]) == golds[tuple(e.ids[: e.prompt_len])] for e in examples]
-        equal = sum(len(set(won[i : i + 8])) == 1 for i in range(0, 64, 8))
+    for line, batch in zip(lines[1:], batches, strict=True):
+        won = [tokenizer.decode(row.examples[0].response[:1]) == golds[row.examples[0].prompt] for row in batch]
+        assert won == [row.reward for row in batch]
+        groups = {row.examples[0].prompt: set() for row in batch}
+        for row in batch:
+            groups[row.examples[0].prompt].add(row.reward)
+        equal = sum(len(group) == 1 for group in groups.values())
         assert line["reward"] == sum(won) / 64 and line["frac_zero_std"] == equal / 8
         wins += won
     assert len(wins) == 256 and sum(wins) > 1
-    samples = [json.loads(line) for line in open(tmp_path / "run" / "samples.jsonl")]
-    greedy = [line["reward"] for line in samples if line["step"] == 4 and line["mode"] == "greedy"]
+    greedy = [reward for _, _, reward in lines[-1]["samples_greedy"]]
     assert len(greedy) == 4 and lines[-1]["eval_reward_greedy"] == sum(greedy) / 4
+
+
+# --- How a reward is loaded and called: --reward FILE.py:FUNCTION ---
+
+SAMPLED = ("--sample_every", 2, "--group_size", 2, "--max_new_tokens", 6, "--temperature", 1.0)
+
+
+@pytest.fixture
+def a_module(tmp_path, monkeypatch):
+    """a_module(name, code): FILE.py of a folder of its own; forgotten after the test."""
+    made = []
+    monkeypatch.setattr(sys, "path", sys.path[:])
+
+    def make(name, code):
+        (tmp_path / "rewards").mkdir(exist_ok=True)
+        (tmp_path / "rewards" / f"{name}.py").write_text(code)
+        made.append(name)
+        return tmp_path / "rewards" / f"{name}.py"
+
+    yield make
+    for name in made:
+        sys.modules.pop(name, None)
+
+
+POOL = """
+from concurrent.futures import ProcessPoolExecutor
+import multiprocessing
+from neighbour import worth
+
+class Answer(str):  # pickled by the name of its module
+    pass
+
+def in_a_process(completions, **columns):
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        rewards = list(pool.map(worth, map(Answer, completions)))
+    assert rewards == [len(text) % 7 for text in completions]
+    print("the pool has answered", len(rewards))
+    return rewards
+"""
+
+
+def test_a_reward_may_import_its_neighbour_and_use_processes(a_module, policy, tmp_path):
+    """From the shell, as a user runs it: a process that is spawned imports the script and the reward anew."""
+    a_module("neighbour", "def worth(answer):\n    assert type(answer).__module__ == 'pooled', type(answer)\n"
+             "    return len(answer) % 7\n")  # fmt: skip
+    path = a_module("pooled", POOL)
+    data = write_jsonl(tmp_path / "rows.jsonl", make_rows("dpo", 8))
+    argv = [sys.executable, "humanline_grpo.py", "--model", policy, "--data", data, "--output_dir", tmp_path / "run",
+            "--reward", f"{path}:in_a_process", "--steps", 1, "--batch_size", 4, "--max_length", 64, "--device", "cpu",
+            "--eval_size", 0, *SAMPLED]  # fmt: skip
+    done = subprocess.run([str(x) for x in argv], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "the pool has answered 4" in done.stdout
+
+
+@needs_trl
+@pytest.mark.parametrize("how", ["messages", "texts"])
+def test_rewards_of_trl(script, run, a_module, tmp_path, how):
+    """think_format_reward reads completions as messages, get_repetition_penalty_reward completion_ids."""
+    path = a_module("of_trl", """
+from trl.rewards import get_repetition_penalty_reward, get_soft_overlong_punishment, think_format_reward
+called = []
+penalty, punishment = get_repetition_penalty_reward(2, -1.0), get_soft_overlong_punishment(7, 5)
+def reward(**columns):
+    both = zip(penalty(**columns), punishment(**columns))
+    thought = think_format_reward(**columns) if type(columns["completions"][0]) == list else []
+    rewards = [a + b for a, b in both]
+    called.append((columns, rewards, thought))
+    return rewards
+""")  # fmt: skip
+    rows = [row | {"hint": i} for i, row in enumerate(make_rows("dpo", 12))]
+    if how == "messages":
+        rows = [row | {"prompt": [{"role": "user", "content": row["prompt"]}]} for row in rows]
+    run(script, "--data", write_jsonl(tmp_path / "rows.jsonl", rows), "--reward", f"{path}:reward", *SAMPLED)
+    called = sys.modules["of_trl"].called
+    assert len(called) > 3
+    for columns, rewards, thought in called:
+        assert columns["prompts"] == [rows[i]["prompt"] for i in columns["hint"]]
+        assert thought == ([0.0] * len(rewards) if how == "messages" else [])
+        for ids, reward in zip(columns["completion_ids"], rewards, strict=True):
+            pairs = [*zip(ids, ids[1:])]
+            repeated = len(set(pairs)) / len(pairs) - 1 if pairs else 0
+            assert all(type(token) is int for token in ids)
+            assert reward == pytest.approx(repeated + (2 - len(ids) if len(ids) > 2 else 0) / 5)
+    assert len({reward for _, rewards, _ in called for reward in rewards}) > 2
+
+
+BAD = {
+    "raises": ("raise KeyError('what')", "'what'"),
+    "none": ("return None", "'NoneType' object is not iterable"),
+    "a none": ("return [None] * len(completions)", "NoneType"),
+    "nan": ("return [float('nan')] * len(completions)", "rewards for .* responses, or not all finite"),
+    "infinite": ("return [1e999] * len(completions)", "not all finite"),
+    "too few": ("return [1.0]", "1 rewards for [0-9]+ responses"),
+    "equal": ("return [0.7] * len(completions)", "equal within all groups; take other prompts"),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_a_reward_that_fails_is_one_line_and_leaves_no_folder(script, run, a_module, tmp_path, what):
+    code, words = BAD[what]
+    if what == "equal" and script is grpo:
+        pytest.skip("it goes on, with a gradient of 0, which frac_zero_std says on the screen")
+    name = "bad_" + what.replace(" ", "_")
+    path = a_module(name, f"def f(completions, **columns):\n    {code}\n")
+    with pytest.raises(BadInput) as error:
+        run(script, "--reward", f"{path}:f", *SAMPLED, "--eval_size", 1)
+    message = str(error.value)
+    assert "\n" not in message and re.match(f"--reward {re.escape(str(path))}:f: .*{words}", message), message
+    assert not (tmp_path / "run").exists()
+
+
+@needs_math_verify
+def test_the_column_that_math_reward_misses_is_named(script, run, tmp_path):
+    """DAPO-Math has the answer in reward_model.ground_truth."""
+    row = {"data_source": "math_dapo", "prompt": [{"role": "user", "content": "Solve"}], "ability": "MATH",
+           "reward_model": {"ground_truth": "34", "style": "rule"}, "extra_info": {"index": "9a"}}  # fmt: skip
+    path = write_jsonl(tmp_path / "rows.jsonl", [row] * 9)
+    with pytest.raises(BadInput) as error:
+        run(script, "--data", path, "--reward", f"{ROOT / 'humanline_grpo.py'}:math_reward", *SAMPLED)
+    assert str(error.value) == (f"{path}: row 1 (columns data_source, prompt, ability, reward_model, extra_info): "
+                                "math_reward reads the column answer, and there is none")  # fmt: skip
+    assert not (tmp_path / "run").exists()
+
+
+# --- A classifier ---
 
 
 @pytest.mark.parametrize("pad", [True, False])
@@ -138,7 +326,7 @@ def test_a_tiny_classifier_is_a_reward(policy, tmp_path, monkeypatch, pad):
     tokenizer.save_pretrained(tmp_path / "judge")
     monkeypatch.setenv("REWARD_MODEL", str(tmp_path / "judge"))
     prompts, completions = ["abc", "d"] * 9, ["efgh", "ij"] * 9
-    rewards = grpo.model_reward(prompts, completions)
+    rewards = model_reward.model_reward(prompts, completions)
     for prompt, completion, reward in zip(prompts, completions, rewards):
         text = f"<|user|>{prompt}<|end|><|assistant|>{completion}<|end|>"
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -146,7 +334,7 @@ def test_a_tiny_classifier_is_a_reward(policy, tmp_path, monkeypatch, pad):
         assert reward == pytest.approx(model.score(hidden).item(), abs=1e-5)
     messages = [[[{"role": role, "content": text}] for text in texts]
                 for role, texts in (("user", prompts), ("assistant", completions))]  # fmt: skip
-    assert grpo.model_reward(*messages) == rewards
+    assert model_reward.model_reward(*messages) == rewards
 
 
 def test_alpaca_eval_file(policy, tmp_path):

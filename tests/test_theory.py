@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import theory
 import toy_world
-from common import Example, response_logps
+from common import response_logps
+from conftest import example, plain
 
 GRID = torch.linspace(0, 1, 1001, dtype=torch.float64)
 BOTH, PAPER = theory.BETAS
@@ -268,7 +269,7 @@ def test_outcomes_are_the_log_ratios_of_all_response_tokens(policy):
     with torch.no_grad():
         for weight in model.parameters():
             weight.mul_(1.1)
-    examples = [Example([5 + i % 7 for i in range(4 + n % 5)], 3) for n in range(300)]
+    examples = [example([5 + i % 7 for i in range(4 + n % 5)], 3) for n in range(300)]
     z = theory.outcomes(model, reference, examples)
     assert z.dtype == torch.float64 and len(z) == sum(len(e.ids) - 3 for e in examples)
     assert (theory.outcomes(reference, reference, examples) == 0).all()
@@ -283,12 +284,13 @@ def test_write_samples_and_scores(policy):
     tokenizer = AutoTokenizer.from_pretrained(policy)
     prompts = ["abcd", "efgh"] * 8
     examples, rewards = theory.write(model, tokenizer, prompts, seed=1)
-    assert theory.write(model, tokenizer, prompts, seed=1) == (examples, rewards)
-    assert theory.write(model, tokenizer, prompts, seed=2)[0] != examples
-    assert [e.ids[1:5] for e in examples] == [tokenizer(p)["input_ids"] for p in prompts]
+    again, same_rewards = theory.write(model, tokenizer, prompts, seed=1)
+    assert plain(again) == plain(examples) and same_rewards == rewards
+    assert plain(theory.write(model, tokenizer, prompts, seed=2)[0]) != plain(examples)
+    assert [list(e.prompt[1:5]) for e in examples] == [tokenizer(p)["input_ids"] for p in prompts]
     lengths = [len(e.ids) - e.prompt_len for e in examples]
     assert max(lengths) <= toy_world.MAX_NEW_TOKENS["letters"] and len({*lengths}) > 1
-    texts = [tokenizer.decode(e.ids[e.prompt_len :], skip_special_tokens=True) for e in examples]
+    texts = [tokenizer.decode(e.response, skip_special_tokens=True) for e in examples]
     assert rewards == toy_world.letters_reward(prompts, texts)
 
 

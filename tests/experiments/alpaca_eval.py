@@ -16,8 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
-from common import BadInput, encode_prompt, sample_responses  # noqa: E402
-from humanline_dpo import load_rows  # noqa: E402
+from common import BadInput, encode, errors_in, sample_responses  # noqa: E402
+from humanline_dpo import read_file  # noqa: E402
 
 
 def main(argv: list[str] | None = None) -> list[dict]:
@@ -32,12 +32,13 @@ def main(argv: list[str] | None = None) -> list[dict]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).to(device).eval()
-
-    def read(row):
-        text = row.get("instruction") or row.get("prompt")
-        return [(text, encode_prompt(tokenizer, text)[0])]
-
-    prompts, ids = zip(*load_rows(args.data, None, read))
+    args.max_length, args.system_prompt, args.chat_template_kwargs = 10**9, None, {}
+    prompts, ids = [], []
+    with errors_in(args.data):
+        for number, row in read_file(args.data):
+            with errors_in(f"row {number} (columns {', '.join(row)})"):
+                prompts.append(row.get("instruction") or row.get("prompt"))
+                ids.append(list(encode(tokenizer, {"prompt": prompts[-1]}, None, args).prompt))
     with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
         _, texts = sample_responses(model, tokenizer, ids, args.max_new_tokens, 0.0, args.gen_batch)
     name = args.generator or str(args.model)

@@ -21,7 +21,6 @@ CPU has. `profile` is an update of DPO by operators; `data` reads and holds pair
 
 import argparse
 import contextlib
-import functools
 import importlib
 import json
 import os
@@ -158,10 +157,10 @@ def script_for(spec: dict) -> tuple:
     return script, script.parse_args([*argv, "--overwrite"])
 
 
-def load_rows(script, tokenizer, args) -> list:
-    """The file's rows as tokens, as the script's main reads them."""
+def load_rows(script, tokenizer, args, keep_source=False) -> list:
+    """The file's rows as tokens, as the script's main reads them; it keeps their texts for a reward only."""
     with contextlib.redirect_stdout(sys.stderr):
-        return script.load_rows(args.data, None, functools.partial(script.encode_row, tokenizer, None, args))
+        return script.load_rows(args.data, None, tokenizer, keep_source, args)
 
 
 def run_script(script, args, before_update) -> None:
@@ -225,9 +224,9 @@ def floor(batch: list, config, rate: float) -> float:
     body = layers * (2 * hidden * (hidden + kv) + 3 * hidden * inner)
     flops = 0
     for row in batch:
-        for ids, prompt_len in row.examples:
-            forward = 2 * body * len(ids) + 2 * layers * hidden * len(ids) ** 2
-            forward += 2 * hidden * config.vocab_size * (len(ids) - prompt_len)
+        for example in row.examples:
+            length, trained = len(example.ids), len(example.ids) - example.prompt_len
+            forward = 2 * body * length + 2 * layers * hidden * length**2 + 2 * hidden * config.vocab_size * trained
             flops += forward * (2 if is_mismatched(row) else 4)
     return flops / rate
 
@@ -257,9 +256,8 @@ def measure_trl(spec: dict) -> dict:
 
     method, (script, args) = spec["method"], script_for(spec)
     tokenizer = script.AutoTokenizer.from_pretrained(spec["model"])
-    rows = load_rows(script, tokenizer, args)
+    rows = load_rows(script, tokenizer, args, keep_source=True)
     batches = script.make_batches(rows, args)[: spec["updates"]]
-    batches = [[row for row in batch if not is_mismatched(row)] for batch in batches]  # TRL makes its own
     rows = [row for batch in batches for row in batch]
     roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant", "completion": "assistant"}
 
@@ -271,8 +269,8 @@ def measure_trl(spec: dict) -> dict:
 
     def rollout(prompts, trainer):
         examples = [next(given).examples[0] for _ in prompts]  # they are asked for in order
-        return {"prompt_ids": [list(ids[:cut]) for ids, cut in examples], "logprobs": None,
-                "completion_ids": [list(ids[cut:]) for ids, cut in examples]}
+        return {"prompt_ids": [[*example.prompt] for example in examples], "logprobs": None,
+                "completion_ids": [example.response for example in examples]}
 
     own, more = dict(max_length=MAX_LENGTH), {}
     if method == "grpo":

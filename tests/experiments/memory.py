@@ -6,27 +6,25 @@
 The real code runs, common.py's response_logps and its backward pass under bf16 autocast, on tensors that have
 a shape and no data (FakeTensorMode). Every operation tells which storages it makes; we count a storage from its
 birth until Python and autograd have let go of it, and keep the peak. To the peak come 16 bytes a parameter: float32
-weights, gradients and AdamW's two averages (fused: no temporaries). Autocast's bf16 copies of the weights, 2 bytes
-more, are in the peak, and so is all that the head makes.
+weights, gradients and AdamW's two averages (fused: no temporaries). The weights' bf16 copies, 2 bytes more, are in
+the peak: autocast's in an update, weights_as's in sampling. So is all that the head makes.
 
-The layers of these models are alike, so we trace two and three of them and go on in a straight line, the forward pass,
-the backward pass and the embedding's gradient each for itself; a test does the same with real tensors and all layers.
-An update is traced at three sizes, with rows alone (causal attention without a mask) and with rows of 2 H tokens that
-two responses share (a mask, and K and V repeated for each head: more); all tokens are trained. Bytes are linear in
-tokens, but for small sizes with checkpointing, and there convex, so that interpolating never says too little; beyond
-the largest size the line goes on. Sampling is traced twice: reading the longest prompts, and writing the last token of
-the longest responses, with the float32 cache of keys and values. A model whose layers are of several kinds is refused.
+The layers of these models are alike, so we trace two and three of them and go on in a straight line, each phase for
+itself; a test does the same with real tensors and all layers. An update is traced at three sizes, with rows of 2 H
+tokens that are all trained. Bytes are linear in tokens, but for small sizes with checkpointing, and there convex, so
+that interpolating never says too little; beyond the largest size the line goes on. Sampling is traced while it reads
+the longest prompts and while it writes the last token of the longest responses, with a bf16 cache of keys and values.
 
-What CUDA does otherwise. Its flash attention saves what the CPU's does (bf16 Q, K, V and output, a float32 per head)
-and under a mask its memory-efficient kernel saves the bf16 mask of each layer, as here; backward kernels' own work
-space is not seen, but it is needed when the peak is over. Its logits are made in float32 and not rounded first: half a
-block less than here. A reward model on the GPU is not counted. The allocator's rounding and fragmentation, cuBLAS's
-work space and the CUDA context are not seen: leave a tenth of the card free for them. Nothing here has been compared
-with a GPU yet.
+What CUDA does otherwise. Its flash attention saves what the CPU's does (bf16 Q, K, V and output, a float32 per head);
+backward kernels' own work space is not seen, but it is needed when the peak is over. Its logits are made in float32
+and not rounded first: half a block less than here. A reward model on the GPU is not counted. The allocator's rounding
+and fragmentation, cuBLAS's work space and the CUDA context are not seen: leave a tenth of the card free for them.
+`./run.sh gpu` compares with a GPU.
 """
 
 import argparse
 import copy
+import itertools
 import json
 import os
 import platform
@@ -37,14 +35,14 @@ from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULT = ROOT / "tests/experiments/results/memory.json"
-sys.path[:0] = [str(ROOT), str(ROOT / "tests/experiments")]
+sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
 from tqdm import tqdm  # noqa: E402
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, masking_utils  # noqa: E402
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache  # noqa: E402
 
 import common  # noqa: E402
 
@@ -58,6 +56,7 @@ CARDS = {"24 GB": 24e9, "80 GB": 80e9}
 SPARE = 0.9  # of a card that may be filled
 MODES = {"plain": False, "checkpointed": True}  # --activation_checkpointing
 ROWS = (1, 8, 16)  # of 2 H tokens, in a traced micro-batch
+BATCHES = (16, 128, 1024)  # responses that a traced step samples
 PROMPT, RESPONSE = 1024, 2048  # longest of the GRPO recipe: --max_length 3072 --max_new_tokens 2048
 
 
@@ -98,22 +97,24 @@ class Live(TorchDispatchMode):
         self.now -= size
 
 
+def checkpoint(model) -> None:  # as --activation_checkpointing does
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    model.train()
+
+
 def make_model(config, checkpointed: bool = False):
     """A random float32 policy with gradients; under FakeTensorMode without data."""
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa").eval()
     if checkpointed:
-        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
-        model.train()
+        checkpoint(model)
     for weight in model.parameters():
         weight.grad = torch.zeros_like(weight)
     return model
 
 
-def update_bytes(model, rows: int, length: int, shared: bool) -> list[int]:
+def update_bytes(model, rows: int, length: int) -> list[int]:
     """Peaks of a micro-batch's forward pass, backward pass and embedding's gradient, beyond weights and gradients."""
-    model.row_tokens = length if shared else 0
-    cuts = (8, length // 2, length) if shared else (8, length)  # a prompt of 8 tokens, then responses
-    examples = [common.Example([1] * (8 + end - start), 8) for _ in range(rows) for start, end in zip(cuts, cuts[1:])]
+    examples = [common.Example([1] * (8 + length), 8)] * rows  # a prompt of 8 tokens, then the response
     known = [x for weight in model.parameters() for x in (weight, weight.grad)]
     with Live(known) as live:
         def embedded(module, inputs, out):
@@ -130,64 +131,67 @@ def update_bytes(model, rows: int, length: int, shared: bool) -> list[int]:
 
 
 @torch.no_grad()
-def sampling_bytes(model, batch: int, prompt: int, response: int) -> tuple[int, int, int]:
-    """Peaks of a batch's first and last step of generation beyond weights and gradients; bytes of its cache."""
+def sampling_bytes(model, batch: int, prompt: int, response: int) -> list[int]:
+    """Peaks of a batch's first and last step of generation beyond weights and gradients."""
     def step(length, past, cache):
         mask = torch.ones(batch, past + length, dtype=torch.long)
         out = model(torch.ones(batch, length, dtype=torch.long), attention_mask=mask, past_key_values=cache,
                     use_cache=True, logits_to_keep=1)
         torch.multinomial(out.logits[:, -1].float().div(0.7).softmax(-1), 1)
 
-    vocabulary = model.config.get_text_config().vocab_size
     peaks = []
     for past, length in ((0, prompt), (prompt + response - 1, 1)):
         cache = DynamicCache(config=model.config)
         known = [x for weight in model.parameters() for x in (weight, weight.grad)]
-        with torch.autocast("cpu", torch.bfloat16), Live(known) as live:
+        with Live(known) as live, common.weights_as(model, torch.bfloat16):
             if past:  # grow the cache by a forward pass that does not count
-                step(length=past, past=0, cache=cache)
+                step(past, 0, cache)
                 live.peak = live.now
-                held = torch.zeros(3, batch, vocabulary)  # generate's logits, scores and chances of the step before
+                # generate's logits, scores and chances of the step before
+                held = torch.zeros(3, batch, model.config.get_text_config().vocab_size)
             step(length, past, cache)
         peaks.append(live.peak)
-    return *peaks, sum(x.nbytes for layer in cache.layers for x in (layer.keys, layer.values))
+    return peaks
 
 
-def with_layers(config, layers: int):
-    config = copy.deepcopy(config)
+def all_layers(config, trace, *how) -> list[int]:
+    """What trace(config, …) gives for all layers, from two and three of them. All must be of one kind."""
     text = config.get_text_config()
-    text.num_hidden_layers = layers
-    if getattr(text, "layer_types", None):
-        text.layer_types = text.layer_types[:layers]
-    return config
-
-
-def all_layers(config, checkpointed: bool, trace) -> list[int]:
-    """What trace(model) gives for the whole model, from models of two and of three layers."""
-    layers, kinds = config.get_text_config().num_hidden_layers, getattr(config.get_text_config(), "layer_types", None)
-    if len(set(kinds or [])) > 1:
+    kinds = getattr(text, "layer_types", None) or []
+    if len(set(kinds)) > 1:
         sys.exit(f"error: the layers of this model are not alike: {sorted(set(kinds))}")
-    two, three = (trace(make_model(with_layers(config, n), checkpointed)) for n in (2, 3))
-    return [a + (layers - 2) * (b - a) for a, b in zip(two, three)]
+    found = []
+    for few in (2, 3):
+        smaller = copy.deepcopy(config)
+        smaller.get_text_config().update({"num_hidden_layers": few, "layer_types": kinds[:few] or None})
+        with mock.patch.dict(common.BLOCK_BYTES, cpu=common.BLOCK_BYTES["cuda"]):
+            found.append(trace(smaller, *how))
+    return [two + (text.num_hidden_layers - 2) * (three - two) for two, three in zip(*found)]
+
+
+def trace_update(config, checkpointed: bool, rows: int, length: int) -> list[int]:
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = make_model(config, checkpointed)
+    return update_bytes(model, rows, length)  # token ids have data: common.py asks where responses are
+
+
+def trace_sampling(config, batch: int, prompt: int, response: int) -> list[int]:
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        return sampling_bytes(make_model(config), batch, prompt, response)
 
 
 def measure(config) -> dict:
     """Bytes of a model's updates and of its sampling."""
     with torch.device("meta"):
         parameters = sum(weight.numel() for weight in AutoModelForCausalLM.from_config(config).parameters())
-    row, states, length = {"parameters": parameters}, 16 * parameters, 2 * config.get_text_config().hidden_size
-    # This one reads data, to see whether there are several texts in a row. There are not.
-    no_data = mock.patch.object(masking_utils, "find_packed_sequence_indices", lambda _: None)
-    as_on_cuda = mock.patch.dict(common.BLOCK_BYTES, cpu=common.BLOCK_BYTES["cuda"])
-    with no_data, as_on_cuda, FakeTensorMode(allow_non_fake_inputs=True):
-        for mode, checkpointed in MODES.items():
-            row[mode] = {layout: [
-                [rows * length, states + max(all_layers(config, checkpointed, lambda model: update_bytes(
-                    model, rows, length, layout == "shared")))] for rows in ROWS] for layout in ("alone", "shared")}
-        sampled = {batch: all_layers(config, False, lambda model: sampling_bytes(model, batch, PROMPT, RESPONSE))
-                   for batch in (16, 128)}
-    row["sampling"] = [[batch, states + max(peaks)] for batch, (*peaks, _) in sampled.items()]
-    row["cache bytes a token"] = sampled[16][-1] // (16 * (PROMPT + RESPONSE))
+    states, length = 16 * parameters, 2 * config.get_text_config().hidden_size
+    row = {"parameters": parameters, "sampling": []} | {mode: [] for mode in MODES}
+    for mode, rows in itertools.product(MODES, ROWS):
+        phases = all_layers(config, trace_update, MODES[mode], rows, length)
+        row[mode].append([rows * length, states + max(phases)])
+    for batch in BATCHES:
+        phases = all_layers(config, trace_sampling, batch, PROMPT, RESPONSE)
+        row["sampling"].append([batch, states + max(phases)])
     return row
 
 
@@ -198,40 +202,32 @@ def between(points: list, x: float) -> float:
     return y0 + (x - x0) * (y1 - y0) / (x1 - x0)
 
 
-def needs(row: dict, tokens: float, mode: str = "plain") -> float:
-    """Bytes that training takes with micro-batches of so many tokens."""
-    return max(between(points, tokens) for points in row[mode].values())
+def slope(points: list) -> float:
+    """Bytes a token, at the largest sizes."""
+    (x0, y0), (x1, y1) = points[-2:]
+    return (y1 - y0) / (x1 - x0)
 
 
-def largest(bytes_of, card: float, step: int) -> int:
-    """The largest multiple of step that leaves a tenth of the card free; 0 if there is none."""
-    fits, over = 0, 1
-    while bytes_of(over * step) <= SPARE * card:
-        fits, over = over, 2 * over
-    while over - fits > 1:
-        middle = (fits + over) // 2
-        fits, over = (middle, over) if bytes_of(middle * step) <= SPARE * card else (fits, middle)
-    return fits * step
+def largest(points: list, card: float, step: int) -> str:
+    """The largest multiple of step that leaves a tenth of the card free."""
+    fits = 0
+    while between(points, fits + step) <= SPARE * card:
+        fits += step
+    return f"{fits:,}" if fits else "–"
 
 
 def memory_table(table: dict | None = None) -> str:
     """The README's table, from the results."""
-    rows, gib, mib = (table or json.loads(RESULT.read_text()))["models"], 2**30, 2**20
-    lines = [["", "18 bytes a parameter", "MiB a token", *(f"{card}: `--micro_tokens`" for card in CARDS),
-              *(f"{card}: `--gen_batch`" for card in CARDS)]]
-    lines.append(["---"] * len(lines[0]))
-
-    def both(numbers: list) -> str:
-        return "–" if numbers == ["–", "–"] else f"{numbers[0]} ({numbers[1]})"
-
-    for name, row in rows.items():
-        (x0, _), (x1, _) = row["plain"]["shared"][-2:]
-        slopes = [f"{(needs(row, x1, mode) - needs(row, x0, mode)) / (x1 - x0) / mib:.2f}" for mode in MODES]
-        fits = [[largest(lambda n: needs(row, n, mode), size, 1024) for mode in MODES] for size in CARDS.values()]
-        batches = [largest(lambda n: between(row["sampling"], n), size, 8) for size in CARDS.values()]
-        lines.append([name, f"{18 * row['parameters'] / gib:.1f} GiB", both(slopes),
-                      *(both([f"{n:,}" if n else "–" for n in pair]) for pair in fits),
-                      *(str(n or "–") for n in batches)])
+    flags = [f"{card}: `--{flag}`" for flag in ("micro_tokens", "gen_batch") for card in CARDS]
+    lines = [["", "18 bytes a parameter", "MiB a token", *flags], ["---"] * 7]
+    for name, row in (table or json.loads(RESULT.read_text()))["models"].items():
+        plain, checkpointed = (slope(row[mode]) / 2**20 for mode in MODES)
+        line = [name, f"{18 * row['parameters'] / 2**30:.1f} GiB", f"{plain:.2f} ({checkpointed:.2f})"]
+        for card in CARDS.values():
+            plain, checkpointed = (largest(row[mode], card, 1024) for mode in MODES)
+            line.append("–" if checkpointed == "–" else f"{plain} ({checkpointed})")
+        line += [largest(row["sampling"], card, 8) for card in CARDS.values()]
+        lines.append(line)
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

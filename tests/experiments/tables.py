@@ -95,17 +95,22 @@ def clipping_sentence() -> str:
     verdicts, same = [x["verdict"] for x in found], sum(not any(x["difference"]) for x in found)
     rows = load("ablation")["rows"]
     gone = {which: [lost(x) for name in LOSING for x in rows[f"{name}: {which}"]["values"]] for which in reproduce.VARIANTS}
-    return f"""What clipping adds to syncing is above 0 in {verdicts.count("above 0")} of {len(found)} comparisons \
-(the ablation, larger rates, k = 64, 4 epochs, data of another policy), below 0 in {verdicts.count("below 0")}, \
-and its interval holds 0 in {verdicts.count("holds 0")}{f", in {same} of them with a difference of exactly 0" if same else ""}. \
-Seeds lost by each variant in the ablation's {len(gone["plain"])} runs of DPO and KTO: {", ".join(f"{which} {sum(x)}" for which, x in gone.items())}."""
+    shown = ", ".join(f"{which} {sum(x)}" for which, x in gone.items())
+    return f"""Clipping and syncing were compared with syncing alone {len(found)} times (the ablation, larger rates, k = 64, \
+4 epochs, data of another policy). Clipping raised the win rate {times(verdicts.count("above 0"))} and lowered it \
+{times(verdicts.count("below 0"))}; the other {verdicts.count("holds 0")} intervals hold 0\
+{f", {times(same)} with a difference of exactly 0" if same else ""}. Seeds lost in the ablation's \
+{len(gone["plain"])} runs of DPO and KTO: {shown}."""
+
+
+def times(count: int) -> str:
+    return {0: "never", 1: "once", 2: "twice"}.get(count, f"{count} times")
 
 
 def toy_bullets() -> str:
     quarter = differences("data_quality", ["quartile 1 − quartile 4"])[0]
-    return f"""* **The data**: the script prints quartiles of the held-out responses' mean token log-prob. In the paper the \
-quarter that is least likely under the policy trains worse. In the toy it gives a win rate that, less the \
-likeliest quarter's, is {quarter}.
+    return f"""* **The data.** In the paper the quarter of the responses that is least likely under the policy trains worse. \
+In the toy it gives a win rate that, less the likeliest quarter's, is {quarter}.
 * **β, and clipping.** {beta_sentences()} {clipping_sentence()}"""
 
 

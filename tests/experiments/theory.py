@@ -37,7 +37,7 @@ from torch import Tensor  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 import toy_world  # noqa: E402
-from common import Example, encode_prompt, response_logps, sample_responses  # noqa: E402
+from common import Example, encode, response_logps, sample_responses  # noqa: E402
 from humanline_grpo import parse_args, perceive  # noqa: E402
 from humanline_grpo import main as train  # noqa: E402
 
@@ -210,7 +210,8 @@ def distances(source: Tensor, online: Tensor, gamma: float) -> dict[str, float]:
 
 def write(model, tokenizer, prompts: list[str], seed: int) -> tuple[list[Example], list[float]]:
     """One response a prompt at temperature 1, drawn by the scripts' own sampler, and the utility of each."""
-    ids, longest = [encode_prompt(tokenizer, p)[0] for p in prompts], toy_world.MAX_NEW_TOKENS["letters"]
+    args, longest = parse_args(["--model", "-"]), toy_world.MAX_NEW_TOKENS["letters"]
+    ids = [encode(tokenizer, {"prompt": p}, None, args).ids.tolist() for p in prompts]
     torch.manual_seed(seed)
     examples, texts = sample_responses(model, tokenizer, ids, longest, temperature=1.0, batch_size=2048)
     return examples, toy_world.letters_reward(prompts, texts)
@@ -225,7 +226,7 @@ def best_of(n: int, examples: list[Example], rewards: list[float]) -> tuple[list
 @torch.no_grad()
 def outcomes(policy, reference, examples: list[Example]) -> Tensor:
     """log π_θ − log π_ref of every response token of all examples, (N,) float64, nats."""
-    found, policy.row_tokens, reference.row_tokens = [], 0, 0  # no row is shared
+    found = []
     for i in range(0, len(examples), 256):
         logp, mask = response_logps(policy, examples[i : i + 256])  # (B, T)
         found.append((logp - response_logps(reference, examples[i : i + 256])[0])[mask])
