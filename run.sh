@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # ./run.sh                 set everything up, then the demo: plain against humanline on two toy worlds
 # ./run.sh test [flags]    set everything up, then the tests (flags go to pytest)
-# ./run.sh bench           speed and memory against TRL and the hardware's floor, 45 minutes
+# ./run.sh bench           speed and memory against TRL and the hardware's floor, on a CPU, an hour
 # ./run.sh memory          GPU memory of updates and sampling for four models, computed on a CPU in minutes
 # ./run.sh gpu [flags]     all that only a CUDA GPU can show: is it right, its memory, its speed, 9 minutes
 # ./run.sh reproduce       the paper's findings on the toy worlds, 5 seeds, an hour (--grid, before it: 1.7); --quick: minutes

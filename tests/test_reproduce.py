@@ -260,7 +260,7 @@ def test_plot_names_what_is_wrong(run, tmp_path, more, words):
     assert words in str(error.value)
 
 
-# --- the benchmark's floor ----------------------------------------------------------------------------
+# --- the benchmark -------------------------------------------------------------------------------------
 
 
 def test_the_floor_by_hand():
@@ -269,44 +269,56 @@ def test_the_floor_by_hand():
     class Config:
         hidden_size, num_hidden_layers, intermediate_size, vocab_size = 4, 1, 8, 10
         num_attention_heads = num_key_value_heads = 2
-        tie_word_embeddings = False
 
-    row = humanline_dpo.Row([common.Example([1] * 5, 3)])
+    example = common.Example(torch.ones(5), 3)
     body = 4 * 4 * 4 + 3 * 4 * 8  # q, k, v, o; gate, up, down
     forward = 2 * body * 5 + 2 * 4 * 10 * 2 + 2 * 5**2 * 4
-    weights = body + 2 * 4 * 10
-    assert bench.floor([row], Config, rate=1.0, bandwidth=1e30) == pytest.approx(4 * forward)
-    assert bench.floor([row], Config, rate=1e30, bandwidth=2.0) == pytest.approx(14 * weights)
-    pair = humanline_dpo.Row([common.Example([1] * 5, 3)] * 2)  # the second shares the prompt
-    shared = 2 * body * 2 + 2 * 4 * 10 * 2 + 2 * (5**2 - 3**2) * 4
-    assert bench.floor([pair], Config, rate=1.0, bandwidth=1e30) == pytest.approx(4 * (forward + shared))
+    assert bench.floor([humanline_dpo.Row([example] * 2)], Config, rate=2.0) == 2 * 4 * forward / 2
+    labelled, mismatched = humanline_kto.Row([example], True), humanline_kto.Row([example])
+    assert bench.floor([labelled, mismatched], Config, rate=1.0) == (4 + 2) * forward
 
 
 def test_padding_by_hand():
     """Two rows of 10 and 6 tokens in one forward; KTO's mismatched pair of 9 tokens in one of its own."""
-
-    class Model:
-        row_tokens, device = 0, torch.device("cpu")
-
-    labelled = [humanline_kto.Row([common.Example([1] * n, 3)], True) for n in (6, 10)]
-    assert bench.padded_share(Model, labelled, 100) == pytest.approx(4 / 20)
-    mismatched = humanline_kto.Row([common.Example([2] * 9, 3)])
-    assert bench.padded_share(Model, [*labelled, mismatched], 100) == pytest.approx(4 / 29)
-    assert bench.padded_share(Model, labelled, 10) == 0
+    labelled = [humanline_kto.Row([common.Example(torch.ones(n), 3)], True) for n in (6, 10)]
+    assert bench.padded_share(labelled, 100) == pytest.approx(4 / 20)
+    mismatched = humanline_kto.Row([common.Example(torch.ones(9), 3)])
+    assert bench.padded_share([*labelled, mismatched], 100) == pytest.approx(4 / 29)
+    assert bench.padded_share(labelled, 10) == 0
 
 
 def test_ours_is_compared_with_the_fastest_and_the_lightest_of_trl_by_hand():
     def found(speed, memory):
-        return {"tokens_per_second": speed, "tokens_per_second_without_sync": 2 * speed, "memory": memory}
+        return {"tokens_per_second": speed, "memory": memory}
 
     screened = {1: found(100, 1.0), 4: found(200, 3.0), 16: found(50, 9.0)}
-    assert bench.finalists(screened) == [4, 1] and bench.finalists(screened | {2: found(150, 2.0)}) == [4, 2, 1]
+    assert bench.fastest_and_lightest(screened) == (4, 1)
     table = bench.table_of([found(800, 2.0), found(900, 2.0), found(0, 2.0)], screened,
                            {4: [found(160, 3.0)], 1: [found(90, 4.0), found(110, 4.0), found(95, 0.5)]})
     assert (table["fastest"], table["lightest"]) == (4, 4)  # of the final runs, not of the single ones before
     assert [x["tokens_per_second"] for x in table["trl"].values()] == [95, 160, 50]
-    assert (table["speed over trl"], table["speed over trl without sync"]) == (5, 2.5)
-    assert table["memory over trl"] == pytest.approx(2 / 3)
+    assert table["speed over trl"] == 5 and table["memory over trl"] == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize("method", bench.KINDS)
+def test_a_benchmark_on_a_tiny_model(method, tmp_path, monkeypatch):
+    """Both sides count the tokens of one batch, and ours ends without a checkpoint."""
+    monkeypatch.setattr(bench, "WORK", tmp_path)
+    monkeypatch.setattr(bench, "DATA_DIR", tmp_path)  # no GSM8K there
+    bench.make_model(bench.SMOLLM2 | {"vocab_size": 300, "hidden_size": 18, "num_hidden_layers": 1}, tmp_path / "model")
+    spec = {"method": method, "model": tmp_path / "model", "batch": bench.BATCH[method], "updates": 2}
+    spec |= {"data": bench.data_for(method, 0), "per_device": 2}
+    ours, trl = bench.measure_ours(spec), bench.measure_trl(spec)
+    assert ours["tokens"] == trl["tokens"] > 100 * bench.BATCH[method]
+    assert not (tmp_path / "ours/final").exists()
+
+
+def test_the_benchmark_reads_pairs(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "WORK", tmp_path)
+    monkeypatch.setattr(bench, "DATA_DIR", tmp_path)
+    bench.make_model(bench.SMOLLM2 | {"vocab_size": 300, "hidden_size": 18, "num_hidden_layers": 1}, tmp_path / "model")
+    spec = {"method": "dpo", "model": tmp_path / "model", "batch": 4, "data": bench.write("a.jsonl", bench.long_pairs(20))}
+    assert bench.measure_data(spec)["rows"] == 20
 
 
 # --- the README ---------------------------------------------------------------------------------------
