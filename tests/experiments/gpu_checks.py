@@ -290,9 +290,9 @@ def resumed(args, whole: list[str], other: list[str], limit: float) -> dict:
 
 def scripts(args) -> None:
     model = save(args, shape_of("0.5B", args))
-    (args.folder / "reward.py").write_text(
+    (args.folder / "chance.py").write_text(
         "import random\ndef chance(prompts, completions, **columns):\n    return [random.random() for _ in prompts]\n")
-    sampled = {"sample_every": 2, "reward": f"{args.folder}/reward.py:chance", "group_size": 4,
+    sampled = {"sample_every": 2, "reward": f"{args.folder}/chance.py:chance", "group_size": 4,
                "max_new_tokens": 8 if args.tiny else 128}
     runs = [("dpo", {}), ("grpo", sampled), ("kto", {"humanline": "sample"}), ("dpo", {"lora_rank": 16}),
             ("dpo", {"micro_tokens": 10**7}), ("grpo", {}), ("dpo", sampled), ("kto", sampled)]
