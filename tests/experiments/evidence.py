@@ -1,0 +1,642 @@
+"""What humanline does to a real language model, and to two toys that train in seconds.
+
+    ./run.sh                                 the demo: DPO, plain and with humanline
+    ./run.sh reproduce                       the runs that results/evidence.jsonl lacks, then tables and figures
+    ./run.sh reproduce --only main toy       some parts, in this order
+    ./run.sh reproduce --pages               tables and figures alone
+
+A run is a script's own main, with flags only. Tasks:
+
+    sentiment  real_model.py's: SmolLM2-135M-Instruct writes a sentence about a thing; reward: VADER's sentiment
+    sums       the same model, "What is 27 + 82?", graded by math_reward: share of 100 held-out sums that are right
+    letters    toy_world.py's, graded by the win rate against the initial policy (½ for a tie)
+    addition   toy_world.py's: greedy accuracy, mean of the last four evaluations of six
+
+On the real model a run trains LoRA adapters of rank 16 in UPDATES updates, and its learning rate falls to 0. A seed
+draws 4 of the 8 responses to each prompt, the order and all samples; SEEDS are reported. The learning rate is the best
+of LADDER on the seed CHOICE: each cell begins with START and goes on while its best rate lacks a neighbour. At other β
+plain has a rate of its own; the variants of humanline, its other β and other k have the rate of humanline at β = 1. The
+toys' flags (TOY) were found by climbing such ladders of rate, k and gradient norm, on seeds 10, 11 and 12.
+
+A finished run is a line of results/evidence.jsonl; tables and figures are made of that file alone. Intervals are 95 %
+t-intervals over seeds, of paired differences where two cells are compared.
+"""
+
+import argparse
+import contextlib
+import importlib
+import json
+import multiprocessing
+import os
+import platform
+import random
+import shlex
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from pathlib import Path
+from typing import NamedTuple
+
+os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
+HERE = Path(__file__).resolve().parent
+ROOT, RESULTS, FIGURES = HERE.parents[1], HERE / "results", HERE / "figures"
+STORE, WORK = RESULTS / "evidence.jsonl", ROOT / "runs/evidence"
+sys.path[:0] = [str(ROOT), str(HERE)]
+
+import torch  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+import real_model  # noqa: E402
+import toy_world  # noqa: E402
+
+SEEDS, CHOICE = (1, 2, 3), 0
+LADDER, START = ("5e-5", "1e-4", "2e-4", "5e-4", "1e-3", "2e-3", "5e-3", "1e-2"), ("2e-4", "5e-4", "1e-3")
+UPDATES = {"sentiment": 24, "sums": 32, "letters": 120, "addition": 192}
+REAL = f"--lora_rank 16 --max_length 128 --group_size 4 --warmup 2 --system_prompt {shlex.quote(real_model.SYSTEM)}"
+FLAGS = {"sentiment": f"{REAL} --max_new_tokens {real_model.TOKENS}", "sums": f"{REAL} --max_new_tokens 24",
+         "letters": "--max_length 48 --max_new_tokens 20", "addition": "--max_length 32 --max_new_tokens 6"}
+REWARDS = {"sentiment": f"{HERE}/real_model.py:sentiment", "sums": f"{ROOT}/humanline_grpo.py:math_reward",
+           "letters": f"{HERE}/toy_world.py:letters_reward", "addition": f"{HERE}/toy_world.py:addition_reward"}
+BATCH = {("sentiment", "dpo"): 8, ("sentiment", "kto"): 16, ("sentiment", "grpo"): 16, ("sums", "grpo"): 16,
+         ("letters", "dpo"): 16, ("letters", "kto"): 32, ("letters", "grpo"): 64, ("addition", "grpo"): 128}
+KINDS = {"dpo": "pairs", "kto": "labels", "grpo": "groups"}
+NAMES = {method: method.upper() for method in KINDS}
+VARIANTS = {"plain": "--plain", "humanline": "--humanline clip", "synced only": "--humanline off",
+            "clipped only": "--humanline clip --sync_every 0", "humanline sampling": "--humanline sample"}
+TOY_SIZES = {"letters": dict(train=3200, test=256), "addition": dict(train=4096, test=512)}
+K = {"dpo": "1", "kto": "1", "grpo": "4"}  # of humanline on the real model
+
+
+class Run(NamedTuple):
+    """A cell of a table; with a rate and a seed a run."""
+
+    task: str
+    method: str
+    source: str  # offline, online, every 16, every 64
+    variant: str
+    beta: str = "1"
+    k: str = ""  # empty where nothing is synced
+    lr: str = ""
+    seed: int = -1
+
+    def folder(self) -> Path:
+        return WORK / f"{self.task}-{self.seed}"
+
+    def argv(self, device: str, out: Path) -> list[str]:
+        folder = self.folder()
+        real, n = self.task in ("sentiment", "sums"), {"offline": 0, "online": 1}.get(self.source)
+        n = int(self.source.split()[-1]) if n is None else n
+        data = folder / (f"prompts_train.jsonl" if n else f"{KINDS[self.method]}_train.jsonl")
+        flags = f"--steps {UPDATES[self.task]} --batch_size {BATCH[self.task, self.method]} --sample_every {n}"
+        flags += f" {FLAGS[self.task]} {VARIANTS[self.variant]} --beta {self.beta} --lr {self.lr} --seed {self.seed}"
+        flags += " --temperature 1.0 --gen_batch 1024 --save_every 0 --lr_decay --overwrite"
+        if self.k:
+            flags += f" --sync_every {self.k}"
+        if not real:
+            flags += f" --max_grad_norm {TOY[self[:6]][1]}"
+        if self.task == "addition":
+            flags += f" --eval_data {folder}/prompts_test.jsonl --eval_size 512 --eval_every 32"
+        else:
+            flags += " --eval_size 0"
+        argv = ["--model", real_model.MODEL if real else folder / "policy", "--data", data, "--device", device,
+                "--reward", REWARDS[self.task], "--output_dir", out, *shlex.split(flags)]
+        return list(map(str, argv))
+
+
+# --- which runs there are -----------------------------------------------------------------------------
+
+def real(method: str, source="offline", variant="plain", beta="1", k=None, task="sentiment") -> Run:
+    synced = variant not in ("plain", "clipped only")
+    return Run(task, method, source, variant, "0" if method == "grpo" else beta, (k or K[method]) if synced else "")
+
+
+BETAS, KS, TOY_BETAS, TOY_KS = ("1", "0.1", "0.03"), ("1", "4", "16"), ("0.1", "0.3", "1", "3"), ("1", "4", "16", "64")
+TOY = {tuple(line.replace("-", "").split(",")[:6]): line.split(",")[6:] for line in """\
+letters,dpo,offline,plain,3,,1e-3,0.01
+letters,dpo,offline,humanline,3,2,1e-3,0.1
+letters,dpo,online,plain,3,,2e-3,0.1
+letters,kto,offline,plain,3,,6e-4,1
+letters,kto,offline,humanline,3,16,6e-4,1
+letters,kto,online,plain,3,,4e-3,1
+letters,grpo,offline,plain,0,,6e-4,1
+letters,grpo,offline,humanline,0,8,1e-3,1
+letters,grpo,online,plain,0,,1e-3,10
+letters,dpo,offline,plain,0.1,,6e-4,0.01
+letters,dpo,offline,humanline,0.1,64,6e-4,1
+letters,dpo,offline,plain,0.3,,1e-3,0.01
+letters,dpo,offline,humanline,0.3,32,1e-3,1
+letters,dpo,offline,plain,1,,1e-3,0.01
+letters,dpo,offline,humanline,1,16,1e-3,1
+letters,kto,offline,plain,0.1,,1e-3,1
+letters,kto,offline,humanline,0.1,128,6e-4,1
+letters,kto,offline,plain,0.3,,6e-4,1
+letters,kto,offline,humanline,0.3,32,6e-4,1
+letters,kto,offline,plain,1,,2e-3,1
+letters,kto,offline,humanline,1,16,6e-4,1
+addition,grpo,online,plain,0,,1e-4,0.1
+addition,grpo,every 64,plain,0,,3e-4,1
+addition,grpo,every 64,humanline,0,1,1e-4,10
+addition,grpo,every 64,humanline,0,4,1e-4,10
+addition,grpo,every 64,humanline,0,16,1e-4,10
+addition,grpo,every 64,humanline,0,64,1e-4,10""".splitlines()}  # a cell: its rate, its bound of the gradient norm
+PARTS = {  # the cells of each table
+    "main": [real(method, variant=variant) for method in KINDS for variant in ("plain", "humanline")],
+    "beta": [real(method, variant=variant, beta=beta) for method in ("dpo", "kto") for beta in BETAS[1:]
+             for variant in ("plain", "humanline")],
+    "online": [real(method, "online") for method in KINDS],
+    "ablation": [real("dpo", variant=variant) for variant in ("synced only", "clipped only", "humanline sampling")],
+    "k": [real(method, variant="humanline", k=k) for method in ("dpo", "grpo") for k in KS if k != K[method]],
+    "sums": [real("grpo", source, variant, task="sums")
+             for source, variant in (("online", "plain"), ("every 16", "plain"), ("every 16", "humanline"))],
+    "toy": [Run(*cell) for cell in TOY],
+}
+INITIAL = {task: Run(task, "initial", "", "") for task in ("sentiment", "sums")}
+
+
+def tuned(cell: Run) -> Run:
+    """The cell whose rate this one has."""
+    if cell.variant == "plain":
+        return cell
+    return cell._replace(variant="humanline", k=K[cell.method], beta="0" if cell.method == "grpo" else "1")
+
+
+def tried(cell: Run, results: dict) -> dict[str, float]:
+    """Score of each rate that was tried for a cell of the real model."""
+    runs = [tuned(cell)._replace(lr=lr, seed=CHOICE) for lr in LADDER]
+    return {run.lr: results[run]["score"] for run in runs if run in results}
+
+
+def untried(scores: dict[str, float]) -> list[str]:
+    """The rates to try next: none where the best has both neighbours."""
+    if not set(START) <= set(scores):
+        return [lr for lr in START if lr not in scores]
+    at = LADDER.index(max(scores, key=scores.get))
+    return [lr for lr in LADDER[max(0, at - 1) : at + 2] if lr not in scores]
+
+
+def runs_of(cell: Run, results: dict) -> list[Run]:
+    """A cell's runs over SEEDS; none as long as its rate is not known."""
+    if cell.method == "initial":
+        return [cell]
+    scores = TOY.get(cell[:6]) or tried(cell, results)
+    if cell[:6] not in TOY and untried(scores):
+        return []
+    lr = scores[0] if cell[:6] in TOY else max(scores, key=scores.get)
+    return [cell._replace(lr=lr, seed=seed) for seed in SEEDS]
+
+
+def wanted(parts: list[str], results: dict) -> list[Run]:
+    """What is to be run next for these parts, the choice of a rate first."""
+    found = [INITIAL[task] for task in INITIAL if any(cell.task == task for part in parts for cell in PARTS[part])]
+    for cell in (cell for part in parts for cell in PARTS[part]):
+        rates = [] if cell[:6] in TOY else untried(tried(cell, results))
+        found += [tuned(cell)._replace(lr=lr, seed=CHOICE) for lr in rates] or runs_of(cell, results)
+    return [run for run in dict.fromkeys(found) if run not in results]
+
+
+# --- the work of one process --------------------------------------------------------------------------
+
+def work(run: Run, device: str, threads: int) -> dict:
+    """Build the data of a run, train, grade; what is printed goes to a file."""
+    if threads:
+        torch.set_num_threads(threads)
+    out, started = WORK / f"now-{os.getpid()}", time.perf_counter()
+    WORK.mkdir(parents=True, exist_ok=True)
+    with open(f"{out}.log", "w") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+        found = {} if run.method == "initial" else train(run, device, out)
+        policy = real_model.MODEL if run.method == "initial" else out / "final"
+        found |= grade(run, policy, device, out)
+    shutil.rmtree(out, ignore_errors=True)
+    where = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()}, {os.cpu_count()} cores"
+    return {"run": run, **found, "wall": round(time.perf_counter() - started), "machine": where, "torch": torch.__version__}
+
+
+def build(run: Run) -> None:
+    """The data of a task and seed, in the folder that Run.argv names."""
+    folder, rng = run.folder(), random.Random(run.seed)
+    if run.task in toy_world.WORLDS:
+        toy_world.build(folder, run.task, run.seed, **TOY_SIZES[run.task])
+        if not (folder / "initial.json").exists():
+            (folder / "initial.json").write_text(json.dumps(toy_world.grade(folder / "policy", folder, run.task)))
+        return
+    groups = []
+    if run.task == "sentiment":
+        for group in real_model.read(real_model.DATA / "groups.jsonl"):
+            at = rng.sample(range(real_model.SAMPLES), 4)
+            groups.append(group | {name: [group[name][i] for i in at] for name in ("completions", "rewards")})
+    prompts = [{"prompt": group["prompt"]} for group in groups] or real_model.sums()[0]
+    folder.mkdir(parents=True, exist_ok=True)
+    toy_world.write_data(folder, "train", prompts, groups)
+
+
+def train(run: Run, device: str, out: Path) -> dict:
+    build(run)
+    script = importlib.import_module(f"humanline_{run.method}")
+    script.main(script.parse_args(run.argv(device, out)))
+    metrics = real_model.read(out / "metrics.jsonl")
+    updates = metrics[1:]
+    return {"loss": round(statistics.fmean(m["loss"] for m in updates[-4:]), 5),
+            "unclipped": round(statistics.fmean(m["unclipped"] for m in updates), 5),
+            "seconds": round(sum(m["seconds"] for m in metrics), 1),
+            "curve": [[m["step"], round(m["eval_reward_greedy"], 4)] for m in metrics if "eval_reward_greedy" in m]}
+
+
+def grade(run: Run, policy: Path, device: str, out: Path) -> dict:
+    """{"score"} and, of the real model, {"kl"} in nats a response and {"greedy"}, five sentences."""
+    if run.task == "addition":
+        evaluations = [m for m in real_model.read(out / "metrics.jsonl") if "eval_reward_greedy" in m]
+        return {"score": statistics.fmean(m["eval_reward_greedy"] for m in evaluations[-4:])}
+    if run.task == "letters":
+        rewards = toy_world.grade(policy, run.folder(), run.task)
+        return {"score": win_rate(rewards, json.loads((run.folder() / "initial.json").read_text()))}
+    found = real_model.grade(policy, run.task, device)
+    return {"score": round(statistics.fmean(found["rewards"]), 4), "kl": round(found["kl"], 3), "greedy": found["greedy"]}
+
+
+def win_rate(rewards: list[float], initial: list[float], samples: int = 4) -> float:
+    """Chance that a sample of the one beats a sample of the other for the same prompt, ½ for a tie.
+    Lists hold all prompts, `samples` times over."""
+    prompts = len(rewards) // samples
+    return statistics.fmean((a > b) + (a == b) / 2 for i in range(prompts)
+                            for a in rewards[i::prompts] for b in initial[i::prompts])
+
+
+# --- many runs ----------------------------------------------------------------------------------------
+
+def finished() -> dict[Run, dict]:
+    """Results by run; a last line that a kill cut short is dropped, and done again."""
+    lines = STORE.read_text(encoding="utf-8").splitlines(True) if STORE.exists() else []
+    return {Run(*result["run"]): result for result in map(json.loads, (x for x in lines if x.endswith("\n")))}
+
+
+def do(parts: list[str], device: str, jobs: int) -> dict[Run, dict]:
+    """Make the runs that are missing, `jobs` at a time, and append each to STORE as it ends."""
+    results, running = finished(), {}
+    STORE.write_text("".join(json.dumps(x, ensure_ascii=False) + "\n" for x in results.values()), encoding="utf-8")
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool, tqdm(desc="runs") as bar:
+        while True:
+            for run in [run for run in wanted(parts, results) if run not in running.values()][: jobs - len(running)]:
+                running[pool.submit(work, run, device, threads)] = run
+            if not running:
+                return results
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                results[running.pop(future)] = result = future.result()
+                with open(STORE, "a", encoding="utf-8") as file:
+                    file.write(json.dumps(result, ensure_ascii=False) + "\n")
+                bar.update()
+                tqdm.write(f"{' '.join(map(str, result['run']))}: {result['score']:.3f}, {result['wall']} s")
+
+
+# --- numbers and tables -------------------------------------------------------------------------------
+
+T_975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t for so many seeds
+WORDS = {  # what an interval says of a claim that a difference is above 0, or that there is none
+    ">": {"above 0": "holds", "holds 0": "not shown", "below 0": "**the reverse**"},
+    "=": {"holds 0": "no difference shown", "above 0": "better", "below 0": "**worse**"}}
+
+
+def interval(values: list[float]) -> tuple[float, float, float]:
+    """(mean, low, high): 95 % t-interval over seeds."""
+    mean, half = statistics.fmean(values), T_975[len(values)] * statistics.stdev(values) / len(values) ** 0.5
+    return mean, mean - half, mean + half
+
+
+def verdict(numbers: tuple[float, float, float]) -> str:
+    """The one rule for all tables: where the interval of a difference lies."""
+    _, low, high = numbers
+    return "above 0" if low > 0 else "below 0" if high < 0 else "holds 0"
+
+
+def number(x: float, sign: bool = False) -> str:
+    """Two decimals, or as many as show a sign and a digit: 0.0004 is not 0.00."""
+    digits = next((n for n in (2, 3, 4) if round(x, n)), 2)
+    return (f"{x:+.{digits}f}" if sign and round(x, digits) else f"{x:.{digits}f}").replace("-", "−")
+
+
+def bounds(numbers: tuple, sign: bool = False) -> str:
+    mean, low, high = (number(x, sign) for x in numbers)
+    return f"{mean} [{low}, {high}]"
+
+
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *rows])
+
+
+class Page:
+    """Cells, differences and sentences, of the results that there are."""
+
+    def __init__(self, results: dict[Run, dict]):
+        self.results = results
+
+    def all(self, cell: Run, key="score") -> list[float]:
+        """A cell's values over the seeds; [] as long as one is missing."""
+        found = [self.results[run][key] for run in runs_of(cell, self.results) if run in self.results]
+        return found if len(found) == (1 if cell.method == "initial" else len(SEEDS)) else []
+
+    def cell(self, cell: Run) -> str:
+        """Mean [interval], and in parentheses the KL of the real model."""
+        values, kl = self.all(cell), self.all(cell, "kl") if cell.task in INITIAL else []
+        if not values:
+            return "not run yet"
+        text = bounds(interval(values)) if len(values) > 1 else number(values[0])
+        return text + (f" ({statistics.fmean(kl):.1f})" if kl and cell.method != "initial" else "")
+
+    def less(self, a: Run, b: Run) -> tuple | None:
+        x, y = self.all(a), self.all(b)
+        return interval([p - q for p, q in zip(x, y)]) if x and y else None
+
+    def difference(self, a: Run, b: Run) -> str:
+        found = self.less(a, b)
+        return f"{bounds(found, True)}: {verdict(found)}" if found else "not run yet"
+
+    def best_plain(self, method: str) -> Run:
+        """Offline plain at the β that was best on the seed CHOICE."""
+        cells = [real(method, beta=beta) for beta in BETAS]
+        cells = [cell for cell in cells if self.all(cell)] or cells[:1]
+        return max(cells, key=lambda cell: max(tried(cell, self.results).values(), default=0))
+
+    def first_table(self) -> str:
+        best = {method: self.best_plain(method) for method in ("dpo", "kto")}
+        rows = {"initial policy": lambda m: self.cell(INITIAL["sentiment"]) if m == "dpo" else "",
+                "offline": lambda m: self.cell(real(m)),
+                "offline, at plain's best β": lambda m: f"{self.cell(best[m])}, β = {best[m].beta}" if m in best else "",
+                "offline + humanline": lambda m: self.cell(real(m, variant="humanline")),
+                "online": lambda m: self.cell(real(m, "online")),
+                "humanline less offline": lambda m: self.difference(real(m, variant="humanline"), real(m)),
+                "humanline less plain's best β":
+                    lambda m: self.difference(real(m, variant="humanline"), best[m]) if m in best else "",
+                "humanline less online": lambda m: self.difference(real(m, variant="humanline"), real(m, "online"))}
+        return markdown(["sentiment (KL)", *NAMES.values()], [[name, *map(cell, KINDS)] for name, cell in rows.items()])
+
+    def frontier(self, method: str) -> str:
+        """Humanline's score less plain's at the same KL, which lies on a line between plain's runs of that seed."""
+        plain = [real(method, beta=beta) for beta in BETAS]
+        plain, ours = [cell for cell in plain if self.all(cell)], real(method, variant="humanline")
+        if not plain or not self.all(ours):
+            return f"{NAMES[method]}: not run yet"
+        start = self.results[INITIAL["sentiment"]]["score"]
+        gaps, beyond = [], 0
+        for i, (kl, score) in enumerate(zip(self.all(ours, "kl"), self.all(ours))):
+            points = sorted([(0.0, start)] + [(self.all(cell, "kl")[i], self.all(cell)[i]) for cell in plain])
+            beyond += kl > points[-1][0]
+            gaps.append(score - at(points, kl))
+        found = interval(gaps)
+        more = f" ({beyond} of {len(SEEDS)} seeds have a larger KL than any plain run and meet the last)" if beyond else ""
+        return f"{NAMES[method]} {bounds(found, True)}: {verdict(found)}{more}"
+
+    def differences(self, rows: list[tuple]) -> str:
+        """(finding, the paper's figure, direction, cell, cell) -> a table with verdicts."""
+        lines = []
+        for finding, paper, direction, name, a, b in rows:
+            found = self.less(a, b)
+            lines.append([finding, paper, name, bounds(found, True) if found else "", WORDS[direction][verdict(found)]
+                          if found else "not run yet"])
+        return markdown(["finding", "the paper", "here", "difference [95 % interval]", "verdict"], lines)
+
+
+def at(points: list[tuple[float, float]], x: float) -> float:
+    """A broken line through sorted points; the last value beyond its end."""
+    for (x0, y0), (x1, y1) in zip(points, points[1:]):
+        if x <= x1:
+            return y0 + (y1 - y0) * (x - x0) / (x1 - x0 or 1)
+    return points[-1][1]
+
+
+DPO, KTO, GRPO = ({variant: real(method, variant=variant) for variant in VARIANTS} for method in KINDS)
+SUMS = {"online": real("grpo", "online", task="sums"), **{v: real("grpo", "every 16", v, task="sums") for v in ("plain", "humanline")}}
+CLAIMS = [  # the finding, the paper's figure, what is claimed of the difference, the cells that differ
+    ("Online beats offline.", "1.3× to 1.6×", ">", [(NAMES[m], real(m, "online"), real(m)) for m in KINDS]),
+    ("Offline + humanline beats offline.", "all three, p < 0.05", ">",
+     [(NAMES[m], real(m, variant="humanline"), real(m)) for m in KINDS]),
+    ("Offline + humanline is as good as online.", "the gap is closed", "=",
+     [(NAMES[m], real(m, variant="humanline"), real(m, "online")) for m in KINDS]),
+    ("Without syncing it is plain (clipped only − plain at its own rate).", "falls back to offline", "=",
+     [("DPO", DPO["clipped only"], DPO["plain"])]),
+    ("Syncing alone is not enough (both − synced only).", "not enough", ">", [("DPO", DPO["humanline"], DPO["synced only"])]),
+    ("Humanline sampling is as good as clipping.", "as good", "=", [("DPO", DPO["humanline sampling"], DPO["humanline"])]),
+    ("k = 4 loses nothing against k = 1.", "nothing", "=", [("DPO", real("dpo", variant="humanline", k="4"), DPO["humanline"])]),
+    ("Sampled every 16 updates, humanline beats plain.", "significantly", ">", [("GRPO, sums", SUMS["humanline"], SUMS["plain"])]),
+    ("Sampling 16 times less often costs humanline nothing.", "as good as online", "=",
+     [("GRPO, sums", SUMS["humanline"], SUMS["online"])])]
+
+
+def claims(page: Page) -> str:
+    rows = []
+    for finding, paper, direction, pairs in CLAIMS:
+        for name, a, b in pairs:
+            rows.append((finding, paper, direction, name, a, b))
+            finding = paper = ""
+    return page.differences(rows)
+
+
+def beta_table(page: Page) -> str:
+    return markdown(["", "plain", "humanline", "humanline less plain"],
+                    [[f"{NAMES[m]}, β = {beta}", page.cell(a), page.cell(b), page.difference(b, a)]
+                     for m in ("dpo", "kto") for beta in BETAS
+                     for a, b in [[real(m, variant=v, beta=beta) for v in ("plain", "humanline")]]])
+
+
+def toy_tables(page: Page) -> str:
+    cells = {cell[1:5] + (cell[5] if cell[0] == "addition" else "",): Run(*cell) for cell in TOY}
+    main = [[name, *(page.cell(cells[m, source, variant, "0" if m == "grpo" else "3", ""]) for m in KINDS)]
+            for name, source, variant in (("offline", "offline", "plain"), ("offline + humanline", "offline", "humanline"),
+                                          ("online", "online", "plain"))]
+    beta = [[f"{NAMES[m]}, β = {b}", page.cell(x), page.cell(y), page.difference(y, x)] for m in ("dpo", "kto")
+            for b in TOY_BETAS for x, y in [[cells[m, "offline", v, b, ""] for v in ("plain", "humanline")]]]
+    k = [["online", page.cell(cells["grpo", "online", "plain", "0", ""])],
+         ["every 64 updates, plain", page.cell(cells["grpo", "every 64", "plain", "0", ""])]]
+    k += [[f"every 64 updates, k = {x}", page.cell(cells["grpo", "every 64", "humanline", "0", x])] for x in TOY_KS]
+    return f"""Letters, win rate, β = 3 (β·T = 40) for DPO and KTO:
+
+{markdown(["", *NAMES.values()], main)}
+
+Letters, win rate, over β:
+
+{markdown(["", "plain", "humanline", "humanline less plain"], beta)}
+
+Addition, GRPO, greedy accuracy, over k:
+
+{markdown(["", "accuracy"], k)}"""
+
+
+def rates_table(page: Page) -> str:
+    cells = dict.fromkeys(tuned(cell) for part in PARTS if part != "toy" for cell in PARTS[part])
+    rows = []
+    for cell in cells:
+        scores = tried(cell, page.results)
+        best = max(scores, key=scores.get, default="")
+        name = f"{cell.task}, {NAMES[cell.method]} {cell.source} {cell.variant}" + (f", β = {cell.beta}" if cell.beta != "0" else "")
+        rows.append([name, ", ".join(f"{'**' * (lr == best)}{lr}{'**' * (lr == best)} {number(x)}" for lr, x in scores.items())
+                     or "not run yet"])
+    return markdown(["cell", f"rate and score on seed {CHOICE}"], rows)
+
+
+def sentences(page: Page, count: int) -> str:
+    """The greedy sentences of the first seed's DPO runs, for the first held-out prompts."""
+    runs = {"initial": INITIAL["sentiment"], "plain": real("dpo"), "humanline": real("dpo", variant="humanline")}
+    found = {name: page.all(cell, "greedy")[:1] for name, cell in runs.items()}
+    if not all(found.values()):
+        return "not run yet"
+    prompts = [row["prompt"] for row in real_model.read(real_model.DATA / "held_out.jsonl")[:count]]
+    return markdown(["prompt", *runs], [[prompt, *(" ".join(found[name][0][i].split()) for name in runs)]
+                                        for i, prompt in enumerate(prompts)])
+
+
+def theory() -> str:
+    found = json.loads((RESULTS / "theory.json").read_text())
+    betas, perceived = found["theorem_4_3"]["gamma_P, gamma_R, beta_P, beta_R = (0.5, 0.01, 1.0, 1.0)"], found["perceived"]
+    away = {name: perceived[name]["mean_abs_difference"] for name in found["mean_utility"]}
+    order = ", ".join(f"{name.replace('-', ' ')} {away[name]:.2f}" for name in sorted(away, key=away.get))
+    return f"""Theorem 4.3 says that humanline sampling becomes clipping as its Betas concentrate: the share of tokens on which they
+differ falls as c to the power of −0.5. Here it is {number(betas["slope"])} at the paper's Betas; at c = 1 the share is {betas["share"][0]:.2f}.
+
+![sampling becomes clipping](../figures/theorem_4_3.png)
+
+In the paper's figure 2 online samples lie nearest to the human curve. Here, with a toy policy and γ = {perceived["gamma"]},
+the mean distances are: {order}.
+
+![perceived distributions](../figures/perceived.png)"""
+
+
+def results_page(page: Page) -> str:
+    done = [run for run in page.results if run.method != "initial"]
+    machines = ", ".join(sorted({f"{x['machine']}, torch {x['torch']}" for x in page.results.values()}))
+    hours = sum(page.results[run]["wall"] for run in done) / 3600
+    start = page.results.get(INITIAL["sums"])
+    cells = [cell for part in PARTS for cell in PARTS[part]]
+    missing = sum(not page.all(cell) for cell in cells)
+    return f"""# Results
+
+`./run.sh reproduce` makes all of this page. {len(done)} runs, {hours:.1f} hours of processes; {machines}. Seeds {", ".join(map(str, SEEDS))}.
+Intervals are 95 % t-intervals over the seeds, which are wide for three; where one holds 0, no difference is shown, and
+that is no proof that there is none. Of {len(cells)} cells {missing} are not run yet.
+
+## A language model
+
+SmolLM2-135M-Instruct writes a sentence about a thing; the reward is VADER's sentiment, −1 to 1. {UPDATES["sentiment"]} updates of
+{BATCH["sentiment", "dpo"]} pairs, or {BATCH["sentiment", "kto"]} labels or responses, on LoRA adapters of rank 16; the fixed data are the initial policy's own
+responses. Cells: sentiment of responses to 100 held-out prompts, each asked twice at temperature 1, and in parentheses
+the KL to the initial policy, nats a response. β = 1 for DPO and KTO where no other is named, k = {K["dpo"]}, for GRPO {K["grpo"]}.
+
+{page.first_table()}
+
+![sentiment over KL](../figures/frontier.png)
+
+A policy may gain reward by drifting. At equal KL, between plain's runs over β, humanline's sentiment less plain's is:
+{page.frontier("dpo")}; {page.frontier("kto")}.
+
+{claims(page)}
+
+### β
+
+{beta_table(page)}
+
+### Parts, and k
+
+{markdown(["DPO, at humanline's rate", "sentiment (KL)"], [[v, page.cell(DPO[v])] for v in ("humanline", "synced only", "clipped only", "humanline sampling")])}
+
+{markdown(["k", *(NAMES[m] for m in ("dpo", "grpo"))], [[k, *(page.cell(real(m, variant="humanline", k=k)) for m in ("dpo", "grpo"))] for k in KS])}
+
+### Sums
+
+"What is 27 + 82?", GRPO, 24 tokens, `math_reward`; the initial policy is right in {number(start["score"]) if start else "not run yet"}. {UPDATES["sums"]} updates.
+
+{markdown(["", "right (KL)"], [["sampled every update (online)", page.cell(SUMS["online"])], ["every 16 updates, plain", page.cell(SUMS["plain"])], ["every 16 updates, humanline", page.cell(SUMS["humanline"])]])}
+
+### How the rates were chosen
+
+The best on seed {CHOICE}, which is not reported; the ladder goes on while the best lacks a neighbour.
+
+{rates_table(page)}
+
+## Two toys
+
+A policy of 280 thousand parameters, for what the real model cannot show in minutes. The flags of these cells are in
+`evidence.py`; they were found by climbing ladders of rate, k and gradient norm on seeds 10, 11 and 12.
+
+{toy_tables(page)}
+
+## Theory
+
+{theory()}
+"""
+
+
+def memory_table() -> str:
+    import memory
+
+    return memory.memory_table()
+
+
+def bench_table() -> str:
+    table, rows = json.loads((RESULTS / "bench_cpu.json").read_text()), []
+    for method in KINDS:
+        found = table[method]
+        ours, fastest, lightest = found["ours"], str(found["fastest"]), str(found["lightest"])
+        rows.append([NAMES[method], f"{ours['tokens_per_second']:,.0f}", f"{ours['memory']:.2f} GiB",
+                     f"({fastest}) {found['trl'][fastest]['tokens_per_second']:,.0f}", f"{found['speed over trl']:.1f}×",
+                     f"({lightest}) {found['trl'][lightest]['memory']:.2f} GiB", f"{found['memory over trl']:.2f}×",
+                     f"{ours['share']:.2f}", f"{ours['padded']:.1%}".replace("%", " %")])
+    return markdown(["", "tokens/s", "peak memory", "TRL's fastest (per-device batch): tokens/s", "ours over it",
+                     "TRL's lightest (batch)", "ours over it", "share of the floor", "padding"], rows)
+
+
+def clipping_sentence(page: Page) -> str:
+    found = page.less(DPO["humanline"], DPO["synced only"])
+    return (f"Clipping added to syncing changes DPO's sentiment by {bounds(found, True)}: {verdict(found)}."
+            if found else "What clipping adds to syncing is not measured yet.")
+
+
+def fill(text: str, page: Page) -> str:
+    """README.md with each table after its marker, to the next blank line."""
+    limits = (f"At equal KL, between plain's runs over β, humanline's sentiment less plain's is: {page.frontier('dpo')}; "
+              f"{page.frontier('kto')}. {clipping_sentence(page)}")
+    tables = {"first": page.first_table(), "limits": limits, "sentences": sentences(page, 2), "memory": memory_table(),
+              "bench": bench_table()}
+    for name, table in tables.items():
+        before, marker, rest = text.partition(f"<!-- {name} -->\n")
+        text = before + marker + table + "\n\n" + rest.partition("\n\n")[2]
+    return text
+
+
+# --- figures, the demo --------------------------------------------------------------------------------
+
+LOOKS = {"initial": ("#000000", "*"), "plain": ("#D55E00", "s"), "humanline": ("#0072B2", "o"), "online": ("#009E73", "^"),
+         "synced only": ("#56B4E9", "D"), "clipped only": ("#E69F00", "v"), "humanline sampling": ("#CC79A7", "P")}
+
+
+def axes_of(columns: int):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt.subplots(1, columns, figsize=(8, 3.6), sharey=True)
+
+
+def finish(figure, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+
+
+def draw_frontier(page: Page) -> None:
+    """Sentiment over KL, a point for each reported run, as in the DPO paper's figure 2."""
+    figure, panels = axes_of(3)
+    cells = [cell for part in ("main", "beta", "online", "ablation", "k") for cell in PARTS[part]]
+    for axes, method in zip(panels, KINDS):
+        axes.plot(0, page.results[INITIAL["sentiment"]]["score"], "*", color="black", markersize=10, label="initial policy")
+        for name, (color, marker) in LOOKS.items():
+            some = [c for c in cells if c.method == method and name == ("online" if c.source == "online" else c.variant)]
+            points = [point for c in some for point in zip(page.all(c, "kl"), page.all(c))]
+            if points:
+                axes.plot(*zip(*points), marker, color=color, markersize=5, alpha=0.8, label=name)
+        axes.set(title=NAMES[method], xlabel="KL to the initial policy, nats a response")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=7)
+    panels[0].set_ylabel("sentiment of held-out responses")
+    finish(figure, FIGURES / "frontier.png")
