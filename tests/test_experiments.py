@@ -196,7 +196,6 @@ def test_the_initial_policy_has_no_kl(tiny):
 
 
 def test_the_demo_says_what_its_runs_found(tiny, monkeypatch, capsys):
-    monkeypatch.setattr(demo, "STARTED", 0, raising=False)
     monkeypatch.setattr(real_model, "make_model", lambda: None)
     demo.main()
     text = capsys.readouterr().out

@@ -7,7 +7,6 @@ DPO trains SmolLM2-135M-Instruct twice on the same pairs, plain and with humanli
 import contextlib
 import json
 import statistics
-import sys
 import time
 
 import evidence
@@ -17,6 +16,7 @@ from real_model import DATA, MODEL, ROOT
 
 import humanline_dpo
 
+STARTED = time.perf_counter()
 OUT, UPDATES, RATE, SHOWN = ROOT / "runs/demo", 16, "1e-3", 5
 LINES = {"initial": "initial policy", "plain": "plain", "humanline": "humanline"}
 
@@ -93,5 +93,4 @@ Open {draw(metrics)} for the sentiment over updates. To train on your own pairs:
 
 
 if __name__ == "__main__":
-    STARTED = time.perf_counter()
-    sys.exit(main())
+    main()
