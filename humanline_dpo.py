@@ -366,7 +366,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def load_policy(args) -> tuple:
     """The policy without dropout, its tokenizer, and what is saved: it, or its adapters."""
     with errors_in(f"--model {args.model}"):
-        if "/" in args.model and Path(args.model).parent.is_dir() and not Path(args.model).exists():
+        missing = "/" in args.model and not Path(args.model).exists()
+        if missing and (Path(args.model).parent.is_dir() or args.model.count("/") > 1):
             raise BadInput("there is no such folder")
         tokenizer = AutoTokenizer.from_pretrained(args.model)
         if args.raw:

@@ -208,13 +208,12 @@ def load_rows(source: str, limit: int | None, tokenizer, reward, args) -> list[R
 
 def encode_row(tokenizer, reward, args, row: dict) -> list[Row]:
     """{prompt, completion, label}, or both of a pair, as tokens; [] is a row to drop."""
-    labels = {"completion": row.get("label")}
-    if "chosen" in row and "label" not in row:
-        labels = {"chosen": True, "rejected": False}
+    pair = "chosen" in row and "label" not in row
+    labels = {"chosen": True, "rejected": False} if pair else {"completion": row.get("label")}
     if not all(type(label) in (bool, int) and label in (0, 1) for label in labels.values()):
         raise BadInput(f"label is {row.get('label')!r}; write true or false")
     examples = [encode(tokenizer, row, name, args) for name in labels]
-    if None in examples or "chosen" in labels and examples[0].response == examples[1].response:
+    if None in examples or pair and examples[0].response == examples[1].response:
         return []
     return [Row([example], bool(label), source=row if reward else None)
             for example, label in zip(examples, labels.values())]
@@ -400,7 +399,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def load_policy(args) -> tuple:
     """The policy without dropout, its tokenizer, and what is saved: it, or its adapters."""
     with errors_in(f"--model {args.model}"):
-        if "/" in args.model and Path(args.model).parent.is_dir() and not Path(args.model).exists():
+        missing = "/" in args.model and not Path(args.model).exists()
+        if missing and (Path(args.model).parent.is_dir() or args.model.count("/") > 1):
             raise BadInput("there is no such folder")
         tokenizer = AutoTokenizer.from_pretrained(args.model)
         if args.raw:

@@ -58,13 +58,13 @@ case "${1:-demo}" in
     shift
     run .venv/bin/python humanline_dpo.py --model Qwen/Qwen2.5-1.5B-Instruct \
       --data princeton-nlp/llama3-ultrafeedback-armorm --max_rows 10000 --batch_size 32 --sync_every 1 \
-      --micro_tokens 8192 --output_dir runs/dpo-qwen2.5-1.5b "$@" ;;
+      --output_dir runs/dpo-qwen2.5-1.5b "$@" ;;
   kto)  # 20k responses, batch and weight as in the paper
     install requirements.txt
     shift
     run .venv/bin/python humanline_kto.py --model Qwen/Qwen2.5-1.5B-Instruct \
       --data princeton-nlp/llama3-ultrafeedback-armorm --max_rows 10000 --batch_size 64 --sync_every 1 \
-      --desirable_weight 1.1 --micro_tokens 8192 --output_dir runs/kto-qwen2.5-1.5b "$@" ;;
+      --desirable_weight 1.1 --output_dir runs/kto-qwen2.5-1.5b "$@" ;;
   grpo)  # bounds, k, 8 samples, temperature and KL weight as in the paper's MATH recipe
     install requirements.txt
     .venv/bin/python -c 'import math_verify' 2>/dev/null ||  # what math_reward compares answers with

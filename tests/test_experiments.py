@@ -187,7 +187,8 @@ def test_a_run_leaves_its_numbers(tiny, cell):
     evidence.build(run)
     found = evidence.work(run, "cpu", 0)
     assert {"run", "score", "kl", "greedy", "loss", "unclipped", "seconds", "wall", "machine", "torch"} <= set(found)
-    assert len(found["greedy"]) == 5 and abs(found["kl"]) < 5 and found["kl"] != 0
+    assert len(found["greedy"]) == 5 and abs(found["kl"]) < 5
+    assert (found["kl"] != 0) == (cell.method != "grpo")  # letters have no sentiment: all advantages are 0
     json.dumps(found)
 
 

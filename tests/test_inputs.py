@@ -79,6 +79,7 @@ def test_what_a_flag_may_be(flags):
     ("--model ./nowhere", "--model ./nowhere: there is no such folder"),
     ("--model tests/nowhere", "--model tests/nowhere: there is no such folder"),
     ("--model tests/experiments/nowhere", "--model tests/experiments/nowhere: there is no such folder"),
+    ("--model nowhere/dpo/final", "--model nowhere/dpo/final: there is no such folder"),
     ("--model runs/dpo/final", "--model runs/dpo/final: "),
     ("--model nobody/nothing", "--model nobody/nothing: "),
     ("--reward nowhere.py:f", "--reward takes FILE.py:FUNCTION, not nowhere.py:f: "),

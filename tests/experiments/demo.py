@@ -8,16 +8,18 @@ import contextlib
 import json
 import statistics
 import time
+from unittest import mock
 
 import evidence
 import real_model
 from evidence import LOOKS, axes_of, finish, number
 from real_model import DATA, MODEL, ROOT
 
+import common
 import humanline_dpo
 
 STARTED = time.perf_counter()
-OUT, UPDATES, RATE, SHOWN = ROOT / "runs/demo", 16, "1e-3", 5
+OUT, UPDATES, RATE, PROMPTS, SHOWN = ROOT / "runs/demo", 16, "1e-3", 64, 5
 LINES = {"initial": "initial policy", "plain": "plain", "humanline": "humanline"}
 
 def say(text: str) -> None:
@@ -26,9 +28,9 @@ def say(text: str) -> None:
 def train(variant: str, data) -> list[dict]:
     """The metrics of a run; what it prints goes to a file."""
     run = evidence.real("dpo", variant=variant)._replace(lr=RATE, seed=data)
-    argv = run.argv("cpu", OUT / variant) + ["--steps", str(UPDATES), "--eval_data", str(DATA / "held_out.jsonl"),
-                                             "--eval_size", "24", "--eval_every", str(UPDATES // 2)]
-    with open(OUT / f"{variant}.log", "w") as log, contextlib.redirect_stdout(log):
+    argv = run.argv("cpu", OUT / variant) + ["--steps", str(UPDATES), "--eval_size", "16", "--eval_every", str(UPDATES // 2)]
+    one_bar = mock.patch.object(common, "tqdm", lambda batches, *_, **__: batches)  # none of an evaluation's sampling
+    with open(OUT / f"{variant}.log", "w") as log, contextlib.redirect_stdout(log), one_bar:
         humanline_dpo.main(humanline_dpo.parse_args(argv))
     return [json.loads(line) for line in open(OUT / variant / "metrics.jsonl")]
 
@@ -40,13 +42,13 @@ def mean_of(rewards: list[float]) -> str:
 
 def draw(metrics: dict[str, list[dict]]) -> str:
     """Sentiment over updates, of greedy and sampled sentences for the prompts of the evaluation."""
-    figure, (axes,) = axes_of(1)
+    figure, axes = axes_of(1)
     for variant, lines in metrics.items():
         points = [(m["step"], (m["eval_reward_greedy"] + m["eval_reward_sampled"]) / 2) for m in lines
                   if "eval_reward_greedy" in m]
         color, marker = LOOKS[variant]
         axes.plot(*zip(*points), marker=marker, color=color, label=variant)
-    axes.set(xlabel="updates", ylabel="sentiment of 24 held-out prompts")
+    axes.set(xlabel="updates", ylabel="sentiment of 16 held-out prompts")
     axes.grid(alpha=0.3)
     axes.legend()
     finish(figure, OUT / "reward.png")
@@ -71,12 +73,14 @@ humanline (the log-ratio of each token clipped to ±1.5, the reference synced at
         say(f"training, {variant}")
         metrics[variant] = train(variant, 1)
     for variant in LINES:
-        say(f"grading the {LINES[variant]}: each of 100 other prompts is asked once")
-        found[variant] = real_model.grade(MODEL if variant == "initial" else OUT / variant / "final", times=1)
-    say("done. Sentiment (mean, 95 % interval over prompts), KL to the initial policy in nats a response, last training loss:\n")
+        say(f"grading the {LINES[variant]}: its answers to {PROMPTS} other prompts")
+        found[variant] = real_model.grade(MODEL if variant == "initial" else OUT / variant / "final", times=1, count=PROMPTS)
+    say("done. The interval is of 95 %, over the prompts; KL is to the initial policy, in nats a response:\n")
+    print(f"  {'':16s}{'sentiment':22s}{'KL':>6s}{'last training loss':>22s}")
     for variant, name in LINES.items():
-        loss = statistics.fmean(m["loss"] for m in metrics[variant][-4:]) if variant in metrics else None
-        print(f"  {name:16s}{mean_of(found[variant]['rewards']):22s}" + (f"{found[variant]['kl']:6.1f}{loss:8.3f}" if loss else ""))
+        loss = statistics.fmean(m["loss"] for m in metrics[variant][1:][-4:]) if variant in metrics else None
+        more = "" if loss is None else f"{found[variant]['kl']:6.1f}{loss:22.3f}"
+        print(f"  {name:16s}{mean_of(found[variant]['rewards']):22s}{more}")
     print("\nThe likeliest sentence of each policy, word by word, for prompts that none was trained on:")
     for i, row in enumerate(real_model.read(DATA / "held_out.jsonl")[:SHOWN]):
         print(f"\n  {row['prompt']}")

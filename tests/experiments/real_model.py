@@ -123,10 +123,10 @@ def sums() -> tuple[list[dict], list[dict]]:
     return rows[:200], rows[200:]
 
 @torch.no_grad()
-def grade(policy: str | Path, task: str = "sentiment", device: str = "cpu", times: int = 2) -> dict:
-    """Responses to the held-out prompts, each asked `times` times at temperature 1: {"rewards", "kl"}, the latter
+def grade(policy: str | Path, task: str = "sentiment", device: str = "cpu", times: int = 2, count: int = 100) -> dict:
+    """Responses to `count` held-out prompts, each asked `times` times at temperature 1: {"rewards", "kl"}, the latter
     estimated from the first of them; and {"greedy"}, the likeliest responses to five prompts."""
-    rows = (sums()[1] if task == "sums" else read(DATA / "held_out.jsonl")) * times
+    rows = (sums()[1] if task == "sums" else read(DATA / "held_out.jsonl"))[:count] * times
     model, tokenizer = AutoModelForCausalLM.from_pretrained(policy).eval(), AutoTokenizer.from_pretrained(policy)
     torch.manual_seed(0)
     examples, texts = answers(model.to(device), tokenizer, [row["prompt"] for row in rows], 1.0)
