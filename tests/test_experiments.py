@@ -111,11 +111,6 @@ def test_win_rate_by_hand():
     assert evidence.win_rate([1, 5, 3, 5], [2, 5, 2, 0], samples=2) == (2 / 4 + 3 / 4) / 2
 
 
-def test_a_line_between_points():
-    points = [(0.0, 1.0), (2.0, 3.0), (4.0, 2.0)]
-    assert [evidence.at(points, x) for x in (0, 1, 3, 9)] == [1, 2, 2.5, 2]
-
-
 def many(cell: Run, lr: str, of: list[tuple[float, float]]) -> dict:
     """Results over SEEDS: (score, kl) each."""
     return {cell._replace(lr=lr, seed=seed): {"score": x, "kl": kl, "greedy": ["a"] * 5} for seed, (x, kl) in zip(SEEDS, of)}
@@ -125,6 +120,7 @@ def many(cell: Run, lr: str, of: list[tuple[float, float]]) -> dict:
 def page():
     """DPO with all that its row needs: plain at β = 1 has a KL of 1, at β = 0.1, which seed 0 prefers, of 3."""
     results = {evidence.INITIAL["sentiment"]: {"score": 0.0, "kl": 0.0, "greedy": ["b"] * 5}}
+    results |= many(real("dpo", beta="0.03"), "5e-4", [(0.4, 4.0), (0.4, 4.0), (0.4, 4.0)])
     for cell, x in ((real("dpo"), 0.2), (real("dpo", beta="0.1"), 0.4), (real("dpo", beta="0.03"), 0.3),
                     (real("dpo", variant="humanline"), 0.9)):
         results |= scores(cell, {"2e-4": 0.0, "5e-4": x, "1e-3": 0.0})
@@ -135,7 +131,7 @@ def page():
 
 
 def test_the_best_beta_of_plain_is_chosen_on_the_seed_that_is_not_reported(page):
-    assert page.best_plain("dpo") == real("dpo", beta="0.1")
+    assert page.plain("dpo")[0] == real("dpo", beta="0.1") and page.plain("kto") == []
 
 
 def test_differences_are_paired(page):
@@ -146,7 +142,7 @@ def test_differences_are_paired(page):
 
 
 def test_the_frontier_by_hand(page):
-    """Seeds 1 and 2: plain has 0.3 and 0.4 at a KL of 2; seed 3 lies beyond plain's last point, 0.4."""
+    """Seeds 1 and 2: plain has 0.3 and 0.4 at a KL of 2; seed 3 lies beyond plain's last point, 0.4 at 4."""
     gaps = evidence.interval([0.5 - 0.3, 0.6 - 0.4, 0.5 - 0.4])
     found = page.frontier("dpo")
     assert found.startswith(f"DPO {evidence.bounds(gaps, True)}: {evidence.verdict(gaps)}") and "1 of 3 seeds" in found
@@ -158,7 +154,7 @@ def test_the_pages_have_the_numbers_of_the_results():
     assert evidence.fill(text, page) == text  # else: ./run.sh reproduce --pages
     results = (evidence.RESULTS / "README.md").read_text()
     assert evidence.results_page(page) == results
-    assert len(text.splitlines()) <= 180 and len(results.splitlines()) <= 150
+    assert len(text.splitlines()) <= 190 and len(results.splitlines()) <= 150
 
 
 # --- evidence and demo on a tiny policy; the real model -----------------------------------------------

@@ -27,7 +27,7 @@ README = ROOT / "README.md"
 TRL = importlib.util.find_spec("trl") is not None
 needs_trl = pytest.mark.skipif(not TRL, reason="trl is not installed")
 RANKS = [0, pytest.param(4, marks=pytest.mark.skipif(not importlib.util.find_spec("peft"), reason="no peft"), id="lora")]
-BLOCKS = ("own-loop", "no-second-model", "trl")  # in the text's order
+BLOCKS = ("own-loop", "trl")  # in the text's order
 LOG_EPS, BETA, LR, UPDATES = (-0.2, 0.3), 0.5, 1e-2, 6
 
 
@@ -127,7 +127,7 @@ def run_loop(code, model, batches, k, clamp_sums=False):
 
 
 @pytest.mark.parametrize("k", [1, 3])
-@pytest.mark.parametrize("name", ["own-loop", "no-second-model"])
+@pytest.mark.parametrize("name", ["own-loop"])
 def test_the_loops_make_the_scripts_updates(name, k, made, policy):
     batches, losses, _ = made(dpo, k)
     assert difference(losses, run_loop(block(name), load(policy), batches, k)) <= 1e-5
@@ -137,7 +137,6 @@ LATE = {
     "own-loop": [("ref_model.load_state_dict(model.state_dict())", "late = True"),
                  ("    optimizer.step()\n", "    optimizer.step()\n    if step % k == 0:\n"
                   "        ref_model.load_state_dict(model.state_dict())\n")],
-    "no-second-model": [("    optimizer.step()\n", ""), ("    if not window:", "    optimizer.step()\n    if not window:")],
 }  # fmt: skip
 CLAMP = ".clamp(log_eps_P, log_eps_R)"
 

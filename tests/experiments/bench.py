@@ -59,7 +59,6 @@ SMOLLM2 = dict(vocab_size=49_152, hidden_size=576, intermediate_size=1536, num_h
 
 # --- the model and the data ---------------------------------------------------------------------------
 
-
 def make_model(shape: dict, folder: Path) -> None:
     """A folder with a Llama of random weights and a BPE tokenizer of at most 4,000 tokens."""
     import transformers
@@ -83,15 +82,12 @@ def make_model(shape: dict, folder: Path) -> None:
     transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
-
 def read(path: Path) -> list[dict]:
     return [json.loads(line) for line in open(path, encoding="utf-8")]
-
 
 def write(name: str, rows: list[dict]) -> Path:
     (WORK / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     return WORK / name
-
 
 def rows_for(method: str, count: int, seed: int) -> list[dict]:
     """Rows of GSM8K, other ones for each seed; the same for both sides."""
@@ -101,12 +97,10 @@ def rows_for(method: str, count: int, seed: int) -> list[dict]:
         rows = [row | {name: row[name][:GROUP] for name in ("completions", "rewards")} for row in rows]
     return rows
 
-
 def data_for(method: str, seed: int) -> Path:
     """A file with the rows of three updates."""
     rows = 3 * BATCH[method] // (GROUP if method == "grpo" else 1)
     return write(f"{method}.jsonl", rows_for(method, rows, seed))
-
 
 def made_up(method: str, count: int, rng: random.Random) -> list[dict]:
     """Rows with random characters, each a token, of about GSM8K's lengths."""
@@ -119,7 +113,6 @@ def made_up(method: str, count: int, rng: random.Random) -> list[dict]:
         rows.append({"prompt": prompt} | more)
     return rows
 
-
 def long_pairs(count: int) -> list[dict]:
     """Pairs of 1,700 tokens in both: each response six times."""
     pairs = random.Random(0).choices(rows_for("dpo", 700, 0), k=count)
@@ -128,14 +121,11 @@ def long_pairs(count: int) -> list[dict]:
 
 # --- one measurement, in a process of its own -----------------------------------------------------------
 
-
 class Enough(Exception):
     """All is measured: no last scoring, no checkpoint."""
 
-
 def peak_memory() -> float:  # GiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 2**30
-
 
 def matrix_rate() -> float:
     """FLOP/s of a square product in float32: the median of 15."""
@@ -146,7 +136,6 @@ def matrix_rate() -> float:
         seconds.append(time.perf_counter() - started)
     return 2 * 1024**3 / statistics.median(seconds)
 
-
 def script_for(spec: dict) -> tuple:
     """The method's script and its arguments: updates to warm up and to time, and one more that is not finished."""
     script = importlib.import_module(f"humanline_{spec['method']}")
@@ -156,12 +145,10 @@ def script_for(spec: dict) -> tuple:
     argv = [str(x) for name, value in flags.items() for x in (f"--{name}", value)]
     return script, script.parse_args([*argv, "--overwrite"])
 
-
 def load_rows(script, tokenizer, args, keep_source=False) -> list:
     """The file's rows as tokens, as the script's main reads them; it keeps their texts for a reward only."""
     with contextlib.redirect_stdout(sys.stderr):
         return script.load_rows(args.data, None, tokenizer, keep_source, args)
-
 
 def run_script(script, args, before_update) -> None:
     """The script's main, with before_update(number, batch) before each update, until the third."""
@@ -178,7 +165,6 @@ def run_script(script, args, before_update) -> None:
     with contextlib.redirect_stdout(sys.stderr), contextlib.suppress(Enough):
         script.main(args)
     script.accumulate_gradient = accumulate_gradient
-
 
 def measure_ours(spec: dict) -> dict:
     """Of the second update, from its beginning to the next's: training, scoring of the next batch, the step."""
@@ -197,11 +183,9 @@ def measure_ours(spec: dict) -> dict:
             "length": statistics.fmean(lengths), "share": floor(batch, config, rate) / seconds,
             "matrix_rate": rate, "padded": padded_share(batch, args.micro_tokens)}
 
-
 def is_mismatched(row) -> bool:
     """KTO's pairs of a prompt and another's response, for the KL estimate."""
     return getattr(row, "desirable", True) is None
-
 
 def padded_share(batch: list, micro_tokens: int) -> float:
     """Share of padding in an update's forwards, which are cut as the scripts' policy_logps cuts them."""
@@ -212,7 +196,6 @@ def padded_share(batch: list, micro_tokens: int) -> float:
             lengths = [len(example.ids) for i in micro for example in units[i]]
             tokens, padded = tokens + sum(lengths), padded + len(lengths) * max(lengths)
     return 1 - tokens / padded
-
 
 def floor(batch: list, config, rate: float) -> float:
     """Seconds that an update cannot go below at k = 1, from its matrix products: each response is trained
@@ -230,7 +213,6 @@ def floor(batch: list, config, rate: float) -> float:
             flops += forward * (2 if is_mismatched(row) else 4)
     return flops / rate
 
-
 def profile_ours(spec: dict) -> dict:
     """Share of each operator's own time in the second update."""
     script, args = script_for(spec)
@@ -246,7 +228,6 @@ def profile_ours(spec: dict) -> dict:
     times = {event.key: event.self_cpu_time_total for event in profiler.key_averages()}
     top = sorted(times, key=times.get, reverse=True)[:12]
     return {name: times[name] / sum(times.values()) for name in top}
-
 
 def measure_trl(spec: dict) -> dict:
     """Of the last of spec["updates"] updates, on the batches that ours trains on."""
@@ -300,7 +281,6 @@ def measure_trl(spec: dict) -> dict:
     tokens, seconds = sum(len(e.ids) for row in batches[-1] for e in row.examples), ended[-1] - ended[-2]
     return {"tokens_per_second": tokens / seconds, "seconds": seconds, "memory": peak_memory(), "tokens": tokens}
 
-
 def measure_data(spec: dict) -> dict:
     """Reading and tokenizing a file of pairs, and by how much the process that holds them has grown."""
     import psutil
@@ -318,7 +298,6 @@ def measure_data(spec: dict) -> dict:
 
 MEASURES = {"ours": measure_ours, "trl": measure_trl, "profile": profile_ours, "data": measure_data}
 
-
 def measure(side: str, method: str, data: Path, **more) -> dict:
     """Run one measurement in a new process."""
     spec = {"method": method, "model": str(MODEL), "data": str(data), "batch": BATCH[method]} | more
@@ -332,14 +311,11 @@ def measure(side: str, method: str, data: Path, **more) -> dict:
     print(f" {time.perf_counter() - started:.0f} s: {shown}", flush=True)
     return found
 
-
 def fastest_and_lightest(trl: dict[int, dict]) -> tuple[int, int]:  # per-device batches
     return max(trl, key=lambda size: trl[size]["tokens_per_second"]), min(trl, key=lambda size: trl[size]["memory"])
 
-
 def medians(many: list[dict]) -> dict:
     return {key: statistics.median(x[key] for x in many) for key in many[0]} | {"processes": len(many)}
-
 
 def table_of(ours: list[dict], screened: dict[int, dict], finals: dict[int, list[dict]]) -> dict:
     """Medians; ours over TRL's fastest and lightest of those that took turns with it."""
@@ -349,7 +325,6 @@ def table_of(ours: list[dict], screened: dict[int, dict], finals: dict[int, list
             "fastest": fastest, "lightest": lightest,
             "speed over trl": mine["tokens_per_second"] / final[fastest]["tokens_per_second"],
             "memory over trl": mine["memory"] / final[lightest]["memory"]}
-
 
 def compare(method: str, repeats: int) -> dict:
     """TRL's per-device batches once each, then ours and TRL's fastest and lightest in turn."""
@@ -363,7 +338,6 @@ def compare(method: str, repeats: int) -> dict:
     table = table_of(ours, screened, finals)
     print({name: table[name] for name in table if name not in ("ours", "trl")}, flush=True)
     return table
-
 
 def main() -> None:
     global DATA_DIR

@@ -12,7 +12,7 @@ from unittest import mock
 
 import evidence
 import real_model
-from evidence import LOOKS, axes_of, finish, number
+from evidence import LOOKS, finish, number, plt
 from real_model import DATA, MODEL, ROOT
 
 import common
@@ -42,7 +42,7 @@ def mean_of(rewards: list[float]) -> str:
 
 def draw(metrics: dict[str, list[dict]]) -> str:
     """Sentiment over updates, of greedy and sampled sentences for the prompts of the evaluation."""
-    figure, axes = axes_of(1)
+    figure, axes = plt.subplots(figsize=(8, 3.6))
     for variant, lines in metrics.items():
         points = [(m["step"], (m["eval_reward_greedy"] + m["eval_reward_sampled"]) / 2) for m in lines
                   if "eval_reward_greedy" in m]

@@ -33,7 +33,6 @@ import random
 import shlex
 import shutil
 import statistics
-import subprocess
 import sys
 import time
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
@@ -43,9 +42,14 @@ from typing import NamedTuple
 os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
 HERE = Path(__file__).resolve().parent
 ROOT, RESULTS, FIGURES = HERE.parents[1], HERE / "results", HERE / "figures"
-STORE, WORK = RESULTS / "evidence.jsonl", ROOT / "runs/evidence"
+README, STORE, WORK = ROOT / "README.md", RESULTS / "evidence.jsonl", ROOT / "runs/evidence"
 sys.path[:0] = [str(ROOT), str(HERE)]
 
+import matplotlib  # noqa: E402
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+import numpy  # noqa: E402
 import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
@@ -269,7 +273,7 @@ def do(parts: list[str], device: str, jobs: int) -> dict[Run, dict]:
 
 # --- numbers and tables -------------------------------------------------------------------------------
 
-T_975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t for so many seeds
+T_975 = {3: 4.303, 5: 2.776}  # Student's t for so many seeds
 WORDS = {  # what an interval says of a claim that a difference is above 0, or that there is none
     ">": {"above 0": "holds", "holds 0": "not shown", "below 0": "**the reverse**"},
     "=": {"holds 0": "no difference shown", "above 0": "better", "below 0": "**worse**"}}
@@ -293,8 +297,14 @@ def bounds(numbers: tuple, sign: bool = False) -> str:
     mean, low, high = (number(x, sign) for x in numbers)
     return f"{mean} [{low}, {high}]"
 
+MISSING = "not run yet"
+
 def markdown(head: list[str], rows: list[list[str]]) -> str:
-    return "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *rows])
+    """A table, without the rows and the columns of which nothing has been run."""
+    rows = [row for row in rows if set(row[1:]) - {"", MISSING}]
+    columns = [i for i in range(len(head)) if i == 0 or {row[i] for row in rows} - {"", MISSING}]
+    lines = [[line[i] for i in columns] for line in [head, ["---"] * len(head), *rows]]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) if rows else ""
 
 class Page:
     """Cells, differences and sentences, of the results that there are."""
@@ -311,7 +321,7 @@ class Page:
         """Mean [interval], and in parentheses the KL of the real model."""
         values, kl = self.all(cell), self.all(cell, "kl") if cell.task in INITIAL else []
         if not values:
-            return "not run yet"
+            return MISSING
         text = bounds(interval(values)) if len(values) > 1 else number(values[0])
         return text + (f" ({statistics.fmean(kl):.1f})" if kl and cell.method != "initial" else "")
 
@@ -321,53 +331,51 @@ class Page:
 
     def difference(self, a: Run, b: Run) -> str:
         found = self.less(a, b)
-        return f"{bounds(found, True)}: {verdict(found)}" if found else "not run yet"
+        return f"{bounds(found, True)}: {verdict(found)}" if found else MISSING
 
-    def best_plain(self, method: str) -> Run:
-        """Offline plain at the β that was best on the seed CHOICE."""
-        cells = [real(method, beta=beta) for beta in BETAS]
-        cells = [cell for cell in cells if self.all(cell)] or cells[:1]
-        return max(cells, key=lambda cell: max(tried(cell, self.results).values(), default=0))
+    def plain(self, method: str) -> list[Run]:
+        """Offline plain at all BETAS, the best on the seed CHOICE first; [] as long as one is missing."""
+        cells = [real(method, beta=beta) for beta in BETAS if method != "grpo"]
+        best_first = sorted(cells, key=lambda cell: -max(tried(cell, self.results).values(), default=0))
+        return best_first if all(map(self.all, cells)) else []
 
     def first_table(self) -> str:
-        best = {method: self.best_plain(method) for method in ("dpo", "kto")}
-        rows = {"initial policy": lambda m: self.cell(INITIAL["sentiment"]) if m == "dpo" else "",
+        best = {method: self.plain(method)[0] for method in KINDS if self.plain(method)}
+        ours = {method: real(method, variant="humanline") for method in KINDS}
+        rows = {"initial policy": lambda m: self.cell(INITIAL["sentiment"]),
                 "offline": lambda m: self.cell(real(m)),
                 "offline, at plain's best β": lambda m: f"{self.cell(best[m])}, β = {best[m].beta}" if m in best else "",
-                "offline + humanline": lambda m: self.cell(real(m, variant="humanline")),
+                "offline + humanline": lambda m: self.cell(ours[m]),
                 "online": lambda m: self.cell(real(m, "online")),
-                "humanline less offline": lambda m: self.difference(real(m, variant="humanline"), real(m)),
-                "humanline less plain's best β":
-                    lambda m: self.difference(real(m, variant="humanline"), best[m]) if m in best else "",
-                "humanline less online": lambda m: self.difference(real(m, variant="humanline"), real(m, "online"))}
-        return markdown(["sentiment (KL)", *NAMES.values()], [[name, *map(cell, KINDS)] for name, cell in rows.items()])
+                "humanline less offline": lambda m: self.difference(ours[m], real(m)),
+                "humanline less plain's best β": lambda m: self.difference(ours[m], best[m]) if m in best else "",
+                "humanline less online": lambda m: self.difference(ours[m], real(m, "online"))}
+        methods = [method for method in KINDS if self.all(ours[method])]
+        return markdown(["sentiment (KL)", *map(NAMES.get, methods)], [[name, *map(cell, methods)] for name, cell in rows.items()])
 
     def frontier(self, method: str) -> str:
         """Humanline's score less plain's at the same KL, which lies on a line between plain's runs of that seed."""
-        plain = [real(method, beta=beta) for beta in BETAS]
-        plain, ours = [cell for cell in plain if self.all(cell)], real(method, variant="humanline")
+        plain, ours = self.plain(method), real(method, variant="humanline")
         if not plain or not self.all(ours):
-            return f"{NAMES[method]}: not run yet"
+            return ""
         start = self.results[INITIAL["sentiment"]]["score"]
         gaps, beyond = [], 0
         for i, (kl, score) in enumerate(zip(self.all(ours, "kl"), self.all(ours))):
             points = sorted([(0.0, start)] + [(self.all(cell, "kl")[i], self.all(cell)[i]) for cell in plain])
             beyond += kl > points[-1][0]
-            gaps.append(score - at(points, kl))
+            gaps.append(score - float(numpy.interp(kl, *zip(*points))))
         found = interval(gaps)
-        more = f" ({beyond} of {len(SEEDS)} seeds have a larger KL than any plain run and meet the last)" if beyond else ""
+        more = f" (in {beyond} of {len(SEEDS)} seeds its KL is larger than any plain run's; these meet the last)" if beyond else ""
         return f"{NAMES[method]} {bounds(found, True)}: {verdict(found)}{more}"
 
-def at(points: list[tuple[float, float]], x: float) -> float:
-    """A broken line through sorted points; the last value beyond its end."""
-    for (x0, y0), (x1, y1) in zip(points, points[1:]):
-        if x <= x1:
-            return y0 + (y1 - y0) * (x - x0) / (x1 - x0 or 1)
-    return points[-1][1]
+    def at_equal_kl(self) -> str:
+        found = "; ".join(filter(None, map(self.frontier, KINDS)))
+        return ("A policy may gain reward by drifting. At equal KL, on a line between plain's runs over β, humanline's sentiment "
+                f"less plain's is: {found}.") if found else f"Plain at other β, to compare with at equal KL, is {MISSING}."
 
 
-DPO, KTO, GRPO = ({variant: real(method, variant=variant) for variant in VARIANTS} for method in KINDS)
-SUMS = {"online": real("grpo", "online", task="sums"), **{v: real("grpo", "every 16", v, task="sums") for v in ("plain", "humanline")}}
+DPO = {variant: real("dpo", variant=variant) for variant in VARIANTS}
+SUMS = dict(zip(("online", "plain", "humanline"), PARTS["sums"]))
 CLAIMS = [  # the finding, the paper's figure, what is claimed of the difference, the cells that differ
     ("Online beats offline.", "1.3× to 1.6×", ">", [(NAMES[m], real(m, "online"), real(m)) for m in KINDS]),
     ("Offline + humanline beats offline.", "all three, p < 0.05", ">",
@@ -388,9 +396,9 @@ def claims(page: Page) -> str:
     for finding, paper, direction, pairs in CLAIMS:
         for name, a, b in pairs:
             found = page.less(a, b)
-            words = [bounds(found, True), WORDS[direction][verdict(found)]] if found else ["", "not run yet"]
-            rows.append([finding, paper, name, *words])
-            finding = paper = ""
+            if found:
+                rows.append([finding, paper, name, bounds(found, True), WORDS[direction][verdict(found)]])
+                finding = paper = ""
     return markdown(["finding", "the paper", "here", "difference [95 % interval]", "verdict"], rows)
 
 def beta_table(page: Page) -> str:
@@ -409,17 +417,10 @@ def toy_tables(page: Page) -> str:
     k = [["online", page.cell(cells["grpo", "online", "plain", "0", ""])],
          ["every 64 updates, plain", page.cell(cells["grpo", "every 64", "plain", "0", ""])]]
     k += [[f"every 64 updates, k = {x}", page.cell(cells["grpo", "every 64", "humanline", "0", x])] for x in TOY_KS]
-    return f"""Letters, win rate, β = 3 (β·T = 40) for DPO and KTO:
-
-{markdown(["", *NAMES.values()], main)}
-
-Letters, win rate, over β:
-
-{markdown(["", "plain", "humanline", "humanline less plain"], beta)}
-
-Addition, GRPO, greedy accuracy, over k:
-
-{markdown(["", "accuracy"], k)}"""
+    tables = {"Letters, win rate, β = 3 (β·T = 40) for DPO and KTO:": markdown(["", *NAMES.values()], main),
+              "Letters, win rate, over β:": markdown(["", "plain", "humanline", "humanline less plain"], beta),
+              "Addition, GRPO, greedy accuracy, over k:": markdown(["", "accuracy"], k)}
+    return "\n\n".join(f"{title}\n\n{table}" for title, table in tables.items() if table)
 
 def rates_table(page: Page) -> str:
     cells = dict.fromkeys(tuned(cell) for part in PARTS if part != "toy" for cell in PARTS[part])
@@ -427,17 +428,16 @@ def rates_table(page: Page) -> str:
     for cell in cells:
         scores = tried(cell, page.results)
         best = max(scores, key=scores.get, default="")
-        name = f"{cell.task}, {NAMES[cell.method]} {cell.source} {cell.variant}" + (f", β = {cell.beta}" if cell.beta != "0" else "")
-        rows.append([name, ", ".join(f"{'**' * (lr == best)}{lr}{'**' * (lr == best)} {number(x)}" for lr, x in scores.items())
-                     or "not run yet"])
-    return markdown(["cell", f"rate and score on seed {CHOICE}"], rows)
+        name = " ".join([cell.task, cell.method, cell.source, cell.variant, f"β = {cell.beta}" if cell.beta != "0" else ""])
+        rows.append([name, best, ", ".join(f"{lr}: {number(x)}" for lr, x in scores.items())])
+    return markdown(["cell", "best rate", f"rates and their scores on seed {CHOICE}"], rows)
 
 def sentences(page: Page, count: int) -> str:
     """The greedy sentences of the first seed's DPO runs, for the first held-out prompts."""
     runs = {"initial": INITIAL["sentiment"], "plain": real("dpo"), "humanline": real("dpo", variant="humanline")}
     found = {name: page.all(cell, "greedy")[:1] for name, cell in runs.items()}
     if not all(found.values()):
-        return "not run yet"
+        return MISSING
     prompts = [row["prompt"] for row in real_model.read(real_model.DATA / "held_out.jsonl")[:count]]
     return markdown(["prompt", *runs], [[prompt, *(" ".join(found[name][0][i].split()) for name in runs)]
                                         for i, prompt in enumerate(prompts)])
@@ -458,72 +458,35 @@ the mean distances are: {order}.
 ![perceived distributions](../figures/perceived.png)"""
 
 def results_page(page: Page) -> str:
-    done = [run for run in page.results if run.method != "initial"]
-    machines = ", ".join(sorted({f"{x['machine']}, torch {x['torch']}" for x in page.results.values()}))
-    hours = sum(page.results[run]["wall"] for run in done) / 3600
-    start = page.results.get(INITIAL["sums"])
-    cells = [cell for part in PARTS for cell in PARTS[part]]
-    missing = sum(not page.all(cell) for cell in cells)
-    return f"""# Results
+    runs = [result for run, result in page.results.items() if run.method != "initial"]
+    machines = ", ".join(sorted({f"{x['machine']}, torch {x['torch']}" for x in runs}))
+    start = page.results.get(INITIAL["sums"], {"score": 0.0})["score"]
+    synced = [[v, page.cell(DPO[v])] for v in ("humanline", "synced only", "clipped only", "humanline sampling")]
+    k = [[k, *(page.cell(real(m, variant="humanline", k=k)) for m in ("dpo", "grpo"))] for k in KS]
+    sections = [
+        ("## A language model", f"""SmolLM2-135M-Instruct writes a sentence about a thing; the reward is VADER's sentiment, from −1 to 1.
+{UPDATES["sentiment"]} updates of {BATCH["sentiment", "dpo"]} pairs, or {BATCH["sentiment", "kto"]} labels or responses, train LoRA adapters of rank 16. The fixed data are the initial
+policy's own responses. A cell is the sentiment of responses to 100 held-out prompts, each asked twice at temperature 1, and
+in parentheses the KL to the initial policy, nats a response. β = 1 for DPO and KTO; k = {K["dpo"]}, for GRPO {K["grpo"]}.""", page.first_table()),
+        ("![sentiment over KL](../figures/frontier.png)", page.at_equal_kl(), claims(page)),
+        ("### β", "", beta_table(page)),
+        ("### The parts of the method", "DPO, all at humanline's rate and k.", markdown(["", "sentiment (KL)"], synced)),
+        ("### k", "", markdown(["k", "DPO", "GRPO"], k)),
+        ("### Sums", f"""*What is 27 + 82?*: GRPO, {UPDATES["sums"]} updates, 24 tokens, `math_reward`, 100 held-out sums, each asked twice. The initial
+policy is right in {number(start)}.""", markdown(["", "right (KL)"], [[name, page.cell(SUMS[of])] for name, of in (
+            ("sampled every update (online)", "online"), ("every 16 updates, plain", "plain"),
+            ("every 16 updates, humanline", "humanline"))])),
+        ("### How the rates were chosen", f"The best on seed {CHOICE}, which is not reported.", rates_table(page)),
+        ("## Two toys", """A policy of 280 thousand parameters, for what the real model cannot show in minutes. `evidence.py` has the flags of these
+cells. They were found by climbing ladders of rate, k and gradient norm on seeds 10, 11 and 12.""", toy_tables(page)),
+        ("## Theory", "", theory())]
+    missing = [title.strip("# ") for title, _, table in sections if not table]
+    return "\n\n".join([f"""# Results
 
-`./run.sh reproduce` makes all of this page. {len(done)} runs, {hours:.1f} hours of processes; {machines}. Seeds {", ".join(map(str, SEEDS))}.
-Intervals are 95 % t-intervals over the seeds, which are wide for three; where one holds 0, no difference is shown, and
-that is no proof that there is none. Of {len(cells)} cells {missing} are not run yet.
-
-## A language model
-
-SmolLM2-135M-Instruct writes a sentence about a thing; the reward is VADER's sentiment, −1 to 1. {UPDATES["sentiment"]} updates of
-{BATCH["sentiment", "dpo"]} pairs, or {BATCH["sentiment", "kto"]} labels or responses, on LoRA adapters of rank 16; the fixed data are the initial policy's own
-responses. Cells: sentiment of responses to 100 held-out prompts, each asked twice at temperature 1, and in parentheses
-the KL to the initial policy, nats a response. β = 1 for DPO and KTO where no other is named, k = {K["dpo"]}, for GRPO {K["grpo"]}.
-
-{page.first_table()}
-
-![sentiment over KL](../figures/frontier.png)
-
-A policy may gain reward by drifting. At equal KL, between plain's runs over β, humanline's sentiment less plain's is:
-{page.frontier("dpo")}; {page.frontier("kto")}.
-
-{claims(page)}
-
-### β
-
-{beta_table(page)}
-
-### Parts, and k
-
-{markdown(["DPO, at humanline's rate", "sentiment (KL)"], [[v, page.cell(DPO[v])] for v in ("humanline", "synced only", "clipped only", "humanline sampling")])}
-
-{markdown(["k", *(NAMES[m] for m in ("dpo", "grpo"))], [[k, *(page.cell(real(m, variant="humanline", k=k)) for m in ("dpo", "grpo"))] for k in KS])}
-
-### Sums
-
-"What is 27 + 82?", GRPO, 24 tokens, `math_reward`; the initial policy is right in {number(start["score"]) if start else "not run yet"}. {UPDATES["sums"]} updates.
-
-{markdown(["", "right (KL)"], [["sampled every update (online)", page.cell(SUMS["online"])], ["every 16 updates, plain", page.cell(SUMS["plain"])], ["every 16 updates, humanline", page.cell(SUMS["humanline"])]])}
-
-### How the rates were chosen
-
-The best on seed {CHOICE}, which is not reported; the ladder goes on while the best lacks a neighbour.
-
-{rates_table(page)}
-
-## Two toys
-
-A policy of 280 thousand parameters, for what the real model cannot show in minutes. The flags of these cells are in
-`evidence.py`; they were found by climbing ladders of rate, k and gradient norm on seeds 10, 11 and 12.
-
-{toy_tables(page)}
-
-## Theory
-
-{theory()}
-"""
-
-def memory_table() -> str:
-    import memory
-
-    return memory.memory_table()
+`./run.sh reproduce` makes all of this page: {len(runs)} runs, {sum(x["wall"] for x in runs) / 3600:.1f} hours of processes. {machines}.
+Seeds {", ".join(map(str, SEEDS))}. Intervals are 95 % t-intervals over the seeds, and for three seeds they are wide. Where one holds 0,
+no difference is shown, which is no proof that there is none.""", *(f"Not run yet: {', '.join(missing)}." for _ in missing[:1]),
+        *(text for section in sections if section[2] for text in section if text)]) + "\n"
 
 def bench_table() -> str:
     table, rows = json.loads((RESULTS / "bench_cpu.json").read_text()), []
@@ -537,17 +500,14 @@ def bench_table() -> str:
     return markdown(["", "tokens/s", "peak memory", "TRL's fastest (per-device batch): tokens/s", "ours over it",
                      "TRL's lightest (batch)", "ours over it", "share of the floor", "padding"], rows)
 
-def clipping_sentence(page: Page) -> str:
-    found = page.less(DPO["humanline"], DPO["synced only"])
-    return (f"Clipping added to syncing changes DPO's sentiment by {bounds(found, True)}: {verdict(found)}."
-            if found else "What clipping adds to syncing is not measured yet.")
-
 def fill(text: str, page: Page) -> str:
     """README.md with each table after its marker, to the next blank line."""
-    limits = (f"At equal KL, between plain's runs over β, humanline's sentiment less plain's is: {page.frontier('dpo')}; "
-              f"{page.frontier('kto')}. {clipping_sentence(page)}")
-    tables = {"first": page.first_table(), "limits": limits, "sentences": sentences(page, 2), "memory": memory_table(),
-              "bench": bench_table()}
+    import memory
+
+    added = page.difference(DPO["humanline"], DPO["synced only"])
+    limits = f"{page.at_equal_kl()} What clipping adds to syncing, for DPO: {added}."
+    tables = {"first": page.first_table(), "limits": limits, "sentences": sentences(page, 2),
+              "memory": memory.memory_table(), "bench": bench_table()}
     for name, table in tables.items():
         before, marker, rest = text.partition(f"<!-- {name} -->\n")
         text = before + marker + table + "\n\n" + rest.partition("\n\n")[2]
@@ -559,14 +519,6 @@ def fill(text: str, page: Page) -> str:
 LOOKS = {"initial": ("#000000", "*"), "plain": ("#D55E00", "s"), "humanline": ("#0072B2", "o"), "online": ("#009E73", "^"),
          "synced only": ("#56B4E9", "D"), "clipped only": ("#E69F00", "v"), "humanline sampling": ("#CC79A7", "P")}
 
-def axes_of(columns: int):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt.subplots(1, columns, figsize=(8, 3.6), sharey=True)
-
 def finish(figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.tight_layout()
@@ -574,7 +526,7 @@ def finish(figure, path: Path) -> None:
 
 def draw_frontier(page: Page) -> None:
     """Sentiment over KL, a point for each reported run, as in the DPO paper's figure 2."""
-    figure, panels = axes_of(3)
+    figure, panels = plt.subplots(1, 3, figsize=(8, 3.6), sharey=True)
     cells = [cell for part in ("main", "beta", "online", "ablation", "k") for cell in PARTS[part]]
     for axes, method in zip(panels, KINDS):
         axes.plot(0, page.results[INITIAL["sentiment"]]["score"], "*", color="black", markersize=10, label="initial policy")
@@ -605,12 +557,9 @@ def main() -> None:
     if not args.pages:
         real_model.make_model()
         do(args.only, args.device, args.jobs)
-    if not (RESULTS / "theory.json").exists():
-        subprocess.run([sys.executable, HERE / "theory.py"], check=True, stdout=subprocess.DEVNULL)
     page = Page(finished())
     (RESULTS / "README.md").write_text(results_page(page), encoding="utf-8")
-    readme = ROOT / "README.md"
-    readme.write_text(fill(readme.read_text(encoding="utf-8"), page), encoding="utf-8")
+    README.write_text(fill(README.read_text(encoding="utf-8"), page), encoding="utf-8")
     if INITIAL["sentiment"] in page.results:
         draw_frontier(page)
     print(f"\nthe page is {RESULTS / 'README.md'}, the figure {FIGURES / 'frontier.png'}")
