@@ -1,158 +1,257 @@
 """gpu.py without a GPU: every step's code on the smallest shapes, and what it says of faults, of errors and of time."""
 
 import json
-import os
+import shutil
 import subprocess
+import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 import common
+import evidence
 import gpu
-import gpu_checks
-from conftest import ROOT, SCRIPTS
+import humanline_dpo
+import real_model
+from conftest import ROOT
+
+TINY = SimpleNamespace(device="cpu", tiny=True, seconds=30.0)
 
 
-def run(out, *argv) -> dict:
-    gpu.main(["--device", "cpu", "--tiny", "--out", str(out), *argv])
-    return json.loads(out.read_text())
+def rows_of(folder, *checks, args=TINY) -> list[dict]:
+    """What these checks record, in this process."""
+    rows = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(gpu, "record", lambda name, **found: rows.append({"name": name} | found))
+        for check in checks:
+            gpu.attempt(args, *check)
+    return rows
 
 
 @pytest.fixture(scope="module")
-def table(tmp_path_factory):
-    return run(tmp_path_factory.mktemp("gpu") / "gpu.json")
+def table(tmp_path_factory) -> dict[str, list]:
+    found = {}
+    with pytest.MonkeyPatch.context() as patch:
+        for step in gpu.LIMITS:
+            folder = tmp_path_factory.mktemp(step)
+            patch.chdir(folder)  # checks() writes rows there
+            checks = (check for check in gpu.checks(step, True) if check[0] != "compiled model")  # layers are enough
+            found[step] = [row for check in checks for row in rows_of(folder, check)]
+    return found
 
 
-def test_all_steps_run_and_find_nothing_wrong(table):
-    assert list(table["steps"]) == list(gpu.LIMITS) == list(gpu.STEPS)
-    assert [step["failed"] for step in table["steps"].values()] == [[]] * len(gpu.LIMITS)
+LEAST = {"right": 16, "scripts": 7, "memory": 4, "speed": 4, "variants": 6, "sampling": 2, "real": 1}
 
 
-@pytest.mark.parametrize("name, least", [("right", 30), ("scripts", 5), ("memory", 5), ("speed", 4), ("variants", 4)])
-def test_steps_leave_their_numbers(table, name, least):
-    assert len(table["steps"][name]["found"]) >= least
+@pytest.mark.parametrize("step, least", LEAST.items())
+def test_all_steps_run_and_find_nothing_wrong(table, step, least):
+    assert len(table[step]) >= least and [row for row in table[step] if row.get("ok") is False or "error" in row] == []
 
 
-def test_the_checks_have_limits_and_the_timings_numbers(table):
-    checks = [row for row in table["steps"]["right"]["found"] if "limit" in row]
-    assert len(checks) >= 28 and all(row["ok"] and row["found"] <= row["limit"] for row in checks)
-    assert all(row["predicted"] > 0 for row in table["steps"]["memory"]["found"] if "ratio" in row)
-    for name in ("variants", "sampling"):
-        assert all(row["tokens/s"] > 0 for row in table["steps"][name]["found"])
-
-
-def failed(monkeypatch, out, step) -> str:
-    """What fails when this is the step "right"."""
-    monkeypatch.setitem(gpu.STEPS, "right", step)
-    with pytest.raises(SystemExit, match="failed: right"):
-        run(out, "--only", "right")
-    return " ".join(json.loads(out.read_text())["steps"]["right"]["failed"])
+def test_what_is_measured_is_there(table):
+    assert all(x <= limit for row in table["right"] if "limits" in row for x, limit in zip(row["found"], row["limits"]))
+    assert len([row for row in table["right"] if "limits" in row]) == 9
+    for step in ("scripts", "speed", "variants", "sampling"):
+        assert all(row["tokens/s"] > 0 for row in table[step])
+    assert {row["tokens"] for row in table["speed"]} == {16 * (128 + 16 + 4)}  # TRL's are ours
+    assert all(row["share"] > 0 and row["TFLOP/s"] > 0 for row in table["speed"] if "ours" in row["name"])
+    assert table["real"][0]["left out"] in ("it is not tiny", "not there")
 
 
 def test_a_wrong_head_is_found(monkeypatch, tmp_path):
     """Its logits are 3 % too large."""
     right = common.head_logits
     monkeypatch.setattr(common, "head_logits", lambda *given: right(*given) * 1.03)
-    found = failed(monkeypatch, tmp_path / "gpu.json", lambda args: gpu_checks.check_family(args, "llama", 48))
-    assert "llama, float32 less float64: largest" in found and "llama, float32 less float64: gradient" in found
+    rows = rows_of(tmp_path, ("Llama", gpu.check_family, "Llama"), ("head", gpu.check_head))
+    assert [row.get("ok") for row in rows] == [False, True, True, None, False]
 
 
 def test_a_policy_that_scores_otherwise_than_it_trains_is_found(monkeypatch, tmp_path):
-    script, right = SCRIPTS["dpo"], common.response_logps
+    right = humanline_dpo.response_logps
 
     def wrong(model, examples, temperature):
         logp, mask = right(model, examples, temperature)
         return logp + 1e-3 * (not logp.requires_grad), mask
 
-    def step(args):
-        folder = gpu_checks.save(args, gpu_checks.shape_of("", args))
-        data = gpu_checks.write_rows(args, "dpo", 8, 5, 9, 20)
-        argv = gpu_checks.flags_for(args, folder, data, 1, batch_size=8, max_length=64)
-        gpu_checks.attempt(args, "dpo: update 1", gpu_checks.first_update, "dpo", argv)
-
-    monkeypatch.setattr(script, "response_logps", wrong)
-    assert "dpo: update 1" in failed(monkeypatch, tmp_path / "gpu.json", step)
+    monkeypatch.setattr(humanline_dpo, "response_logps", wrong)
+    (row,) = rows_of(tmp_path, ("dpo", gpu.check_training, "dpo"))
+    assert not row["ok"] and row["first"][0] == pytest.approx(1e-3, rel=0.01) and row["found"] == 0
 
 
+def test_a_resume_that_forgets_the_optimizer_is_found(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.optim.AdamW, "load_state_dict", lambda *_: None)
+    (row,) = rows_of(tmp_path, ("dpo", gpu.check_training, "dpo"))
+    assert not row["ok"] and row["first"] == [0, 1] and row["found"] > 0
+
+
+def test_a_peak_far_from_the_predicted_one_is_found(monkeypatch, tmp_path, table):
+    predicted = table["memory"][0]["predicted"]
+    for factor, ok in ((1.2, False), (0.85, False), (1.05, True)):
+        monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: factor * predicted * 2**30)
+        (row,) = rows_of(tmp_path, ("0.5B", gpu.check_memory, "Qwen2.5-0.5B", "plain", 2))
+        assert row["ok"] is ok and row["ratio"] == pytest.approx(factor)
+
+
+def test_an_update_of_the_memory_step_is_what_is_traced(monkeypatch, tmp_path):
+    """Two micro-batches of 2 responses with 8 tokens of a prompt and 64 more each."""
+    seen, right = [], humanline_dpo.response_logps
+
+    def response_logps(model, examples, temperature):
+        seen.append([(e.prompt_len, len(e.ids)) for e in examples])
+        return right(model, examples, temperature)
+
+    monkeypatch.setattr(humanline_dpo, "response_logps", response_logps)
+    rows_of(tmp_path, ("0.5B", gpu.check_memory, "Qwen2.5-0.5B", "plain", 2))
+    assert seen and all(examples == [(8, 72)] * 2 for examples in seen)
+
+
+def test_a_far_too_large_flag_must_end_in_the_line_that_names_it_and_no_other_run_may(monkeypatch, tmp_path):
+    right, tiny_model = common.response_logps, gpu.random_model
+
+    def response_logps(model, *given):
+        if torch.is_grad_enabled():
+            raise torch.cuda.OutOfMemoryError
+        return right(model, *given)
+
+    monkeypatch.setattr(common, "response_logps", response_logps)
+    monkeypatch.setattr(gpu, "random_model", lambda name, args: tiny_model(name, TINY))
+    args = SimpleNamespace(device="cpu", tiny=False)
+    flags = "--batch_size 2 --micro_tokens 10000000"
+    rows = rows_of(tmp_path, ("", gpu.whole_run, "dpo", flags), ("", gpu.whole_run, "dpo", "--batch_size 2"), args=args)
+    assert [row["ok"] for row in rows] == [True, False] and rows[0]["end"].startswith("error: out of memory")
+    monkeypatch.setattr(common, "response_logps", right)
+    (row,) = rows_of(tmp_path, ("", gpu.whole_run, "dpo", flags), args=args)
+    assert not row["ok"] and row["tokens/s"] > 0
+
+
+def test_lora_without_peft_is_left_out(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    (row,) = rows_of(tmp_path, ("", gpu.whole_run, "dpo", "--lora_rank 4"))
+    assert row["ok"] and "--lora_rank needs `pip install peft`" in row["end"]
+
+
+def test_the_time_without_kernels_and_the_largest_ones():
+    def event(key, device, seconds, annotation=False):
+        return SimpleNamespace(key=key, device_type=SimpleNamespace(name=device), self_device_time_total=seconds * 1e6,
+                               is_user_annotation=annotation)
+
+    events = [event(f"kernel {i}", "CUDA", i / 100) for i in range(12)]
+    events += [event("aten::mm", "CPU", 9.0), event("step", "CUDA", 9.0, True)]
+    found = gpu.kernels(SimpleNamespace(key_averages=lambda: events), 2.0)
+    assert found["idle"] == pytest.approx(1 - 0.66 / 2)
+    assert [*found["kernels"]] == [f"kernel {i}" for i in range(11, 1, -1)]
+    assert found["kernels"]["kernel 11"] == pytest.approx(0.055)
+
+
+def test_an_error_ends_a_check_and_not_its_step(tmp_path):
+    def out_of_memory(args):
+        raise torch.OutOfMemoryError
+
+    def not_there(args):
+        import no_such_package  # noqa: F401
+
+    rows = rows_of(tmp_path, ("no number", lambda args: {"a": 1 / 0}), ("too large", out_of_memory), ("TRL", not_there),
+                   ("exit", lambda args: sys.exit("error: a line")), ("a number", lambda args: {"a": 1}))
+    assert [row.get("ok") for row in rows] == [False, True, True, False, None]
+    assert "division by zero" in rows[0]["error"] and "a line" in rows[3]["error"]
+
+
+@pytest.mark.skipif(not shutil.which("timeout"), reason="stops the steps")
 def test_a_step_that_hangs_or_dies_costs_only_itself(monkeypatch, tmp_path, capsys):
-    def hangs(args):
-        gpu_checks.record(args, "before it hangs", number=1)
-        time.sleep(600)
-
-    def dies(args):
-        print("UserWarning: about to die")
-        os._exit(7)
-
-    for name, step in {"memory": hangs, "sampling": dies}.items():
-        monkeypatch.setitem(gpu.STEPS, name, step)
-    started = time.time()
+    """What it started is killed with it, and does not keep us waiting."""
+    program = tmp_path / "program.py"
+    program.write_text("""import os, subprocess, sys, time
+print('{"name": "before", "number": 0.5}', flush=True)
+print("/lib/site-packages/a.py:1: UserWarning: beware", flush=True)
+step = sys.argv[sys.argv.index("--step") + 1]
+if step == "memory":
+    os.write(1, b"\\xe2\\x96")
+    subprocess.run(["sleep", "600"])
+sys.exit(7 if step == "sampling" else 0)
+""")
+    monkeypatch.setattr(gpu, "__file__", str(program))
+    started, out = time.time(), tmp_path / "gpu.json"
     with pytest.raises(SystemExit, match="failed: memory, sampling"):
-        run(tmp_path / "gpu.json", "--only", "memory", "sampling", "real", "--seconds", "5")
+        gpu.main(["--device", "cpu", "--out", str(out), "--only", "memory", "sampling", "real", "--seconds", "5"])
     assert time.time() - started < 20
-    steps = json.loads((tmp_path / "gpu.json").read_text())["steps"]
-    assert steps["memory"]["found"] == [{"name": "before it hangs", "number": 1}]
-    assert steps["memory"]["failed"] == ["stopped at its limit of 2 s"]
-    assert steps["sampling"]["failed"] == ["ended with 7: UserWarning: about to die"]
-    assert steps["sampling"]["warnings"] == {"UserWarning: about to die": 1}
-    assert steps["real"]["failed"] == []
-    assert "FAILED stopped at its limit of 2 s" in capsys.readouterr().out
+    steps = json.loads(out.read_text())["steps"]
+    assert [len(step["failed"]) for step in steps.values()] == [1, 1, 0]
+    assert "ended with -9 after 2 s of 2" in steps["memory"]["failed"][0]
+    assert "ended with 7" in steps["sampling"]["failed"][0]
+    for step in steps.values():
+        assert step["found"] == [{"name": "before", "number": 0.5}]
+        assert step["warnings"] == {"a.py:1: UserWarning: beware": 1}
+    assert "number 0.5" in capsys.readouterr().out
 
 
-def test_an_error_ends_a_measurement_and_not_its_step(tmp_path):
-    args = SimpleNamespace(folder=tmp_path, device="cpu")
-    gpu_checks.attempt(args, "no number", lambda: {"a": 1 / 0})
-    gpu_checks.attempt(args, "a number", lambda: gpu_checks.within(2.0, 1.0))
-    gpu_checks.attempt(args, "not a number", lambda: gpu_checks.within(float("nan"), 1.0))
-    rows = [json.loads(line) for line in open(tmp_path / "records.jsonl")]
-    assert [row["ok"] for row in rows] == [False, False, False] and "division by zero" in str(rows[0]["error"])
-
-
-def test_on_cuda_a_process_is_a_fresh_one(tmp_path):
-    """It sees nothing of this one's variables, and ends as the script does."""
-    (tmp_path / "script.py").write_text("import sys\nsys.exit(f'error: {len(sys.argv)} {\"pytest\" in sys.modules}')\n")
-    process = gpu_checks.start(SimpleNamespace(device="cuda", folder=tmp_path), gpu_checks.script_process,
-                               str(tmp_path / "script.py"), ["a"], tmp_path / "log")
-    process.join()
-    assert process.exitcode == 1 and (tmp_path / "log").read_text().splitlines()[-1] == "error: 2 False"
-
-
-def test_results_of_a_cpu_are_no_results(monkeypatch, capsys, tmp_path):
+@pytest.mark.skipif(not shutil.which("timeout"), reason="stops the steps")
+def test_results_of_a_cpu_are_no_results_and_a_step_takes_the_flags_that_it_is_given(monkeypatch, tmp_path, capsys):
+    program = tmp_path / "program.py"
+    program.write_text("import json, os, sys\nprint(json.dumps({'name': os.getcwd(), 'argv': sys.argv[1:]}))\n")
+    monkeypatch.setattr(gpu, "__file__", str(program))
     monkeypatch.setattr(gpu, "RESULT", tmp_path / "gpu.json")
-    gpu.main(["--device", "cpu", "--tiny", "--only", "real"])
-    assert not gpu.RESULT.exists()
-    assert "there not yet" in capsys.readouterr().out
+    found, run_step = [], gpu.run_step
+    monkeypatch.setattr(gpu, "run_step", lambda *given: found.append(run_step(*given)) or found[-1])
+    with pytest.raises(SystemExit, match="0"):
+        gpu.main(["--device", "cpu", "--tiny", "--only", "real", "--seconds", "9"])
+    (row,) = found[0]["found"]
+    assert not gpu.RESULT.exists() and not Path(row["name"]).exists()  # a folder of its own
+    capsys.readouterr()
+    gpu.main(row["argv"])
+    assert json.loads(capsys.readouterr().out)["name"] == "real model" and "--tiny" in row["argv"]
 
 
-def test_wheels_stop_at_their_limit(monkeypatch, tmp_path, capsys):
-    """Of 12 wheels of which one is large, all others are there, and what is there already is not fetched."""
-    asked = []
-
-    def download(command, check):
-        name = command[-1]
-        asked.append(name)
-        size = 900 if name.startswith("trl") else 10
-        (gpu.Path(command[command.index("--dest") + 1]) / f"{name}.whl").write_bytes(b"x" * size)
-
-    monkeypatch.setattr(subprocess, "run", download)
-    monkeypatch.setattr(gpu, "BYTES", 800)
-    gpu.main(["--wheels", str(tmp_path), "pyarrow", "peft"])
-    assert asked == [x for x in gpu.WHEELS if not x.startswith(("pyarrow", "peft"))]
-    files = list(tmp_path.iterdir())
-    assert len(files) == len(asked) - 1 and sum(file.stat().st_size for file in files) <= 800
-    assert "left out" in capsys.readouterr().out and not (tmp_path / "trl==1.16.0.whl").exists()
+def test_without_a_gpu_there_is_a_line_that_says_so():
+    with pytest.raises(SystemExit, match="error: no CUDA GPU is here"):
+        gpu.main([])
 
 
-def test_wheels_are_the_versions_that_we_pin():
-    pins = (ROOT / "requirements.txt").read_text() + (ROOT / "tests/requirements.txt").read_text()
-    for wheel in ("datasets", "trl", "math-verify"):
-        assert next(x for x in gpu.WHEELS if x.startswith(wheel)) in pins.splitlines()
+def test_the_real_step_runs_the_evidence_and_records_the_runs_of_this_card(monkeypatch, tmp_path):
+    commands, parts = [], tmp_path / "a.gguf"
+    results = [{"run": ["sentiment", "dpo"], "score": 0.25, "kl": 1.5, "wall": 9, "machine": "a card"},
+               {"run": ["letters", "kto"], "score": 0.75, "wall": 9, "machine": "x86_64, 2 cores"}]
+    monkeypatch.setattr(evidence, "finished", lambda: dict(enumerate(results)))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a card")
+    monkeypatch.setattr(subprocess, "run", lambda command: commands.append(command) or SimpleNamespace(returncode=-9))
+    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(real_model, "MODEL", tmp_path / "none")
+    monkeypatch.setattr(real_model, "PARTS", parts)
+    args = SimpleNamespace(device="cpu", tiny=False, seconds=40)
+    assert rows_of(tmp_path, ("real", gpu.real), args=args) == [{"name": "real", "left out": "not there", "GiB": 0}]
+    parts.touch()
+    rows = rows_of(tmp_path, ("real", gpu.real), args=args)
+    assert rows[0] == {"name": "sentiment dpo", "score": 0.25, "kl": 1.5, "seconds": 9}
+    assert rows[1:] == [{"name": "real", "ended": -9, "ok": True, "GiB": 0}]  # as many as fit
+    assert commands[0][:4] == ["timeout", "-s", "KILL", "35"] and commands[0][5:] == [
+        evidence.__file__, "--device", "cpu", "--only", "main", "--jobs", "4"]
 
 
-def test_parts_of_a_model_are_put_together(tmp_path):
+def test_wheels_are_the_versions_that_we_pin(monkeypatch):
+    commands = []
+    monkeypatch.setattr(subprocess, "run", lambda command: commands.append(command) or SimpleNamespace(returncode=0))
+    with pytest.raises(SystemExit, match="0"):
+        gpu.main(["--wheels", "folder"])
+    pins = ((ROOT / "requirements.txt").read_text() + (ROOT / "tests/requirements.txt").read_text()).splitlines()
+    wheels = [x for x in commands[0] if "==" in x]
+    assert {x for x in pins if x.split("==")[0] in " ".join(wheels)} <= {*wheels} and len(wheels) == 12
+    assert commands[0][-2:] == ["--dest", "folder"]
+
+
+def test_parts_of_a_model_are_put_together_and_read(monkeypatch, tmp_path):
     whole = bytes(range(256)) * 50
     (tmp_path / "model").write_bytes(whole)
     subprocess.run(["split", "-b", "5000", "model", "part."], cwd=tmp_path, check=True)
-    parts = sorted(tmp_path.glob("part.*"))
-    gpu.main(["--model-parts", *map(str, parts), str(tmp_path / "again")])
-    assert len(parts) == 3 and (tmp_path / "again").read_bytes() == whole
+    parts, again = sorted(tmp_path.glob("part.*")), tmp_path / "runs" / real_model.GGUF
+    gpu.main(["--model-parts", *map(str, parts), str(again)])
+    assert len(parts) == 3 and again.read_bytes() == whole
+    read = []
+    monkeypatch.setattr(real_model, "PARTS", again)
+    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(real_model.AutoTokenizer, "from_pretrained", lambda path, **_: read.append(path) or sys.exit())
+    with pytest.raises(SystemExit):
+        real_model.make_model(tmp_path / "smollm2")
+    assert read == [tmp_path / "runs"]

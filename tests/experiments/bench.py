@@ -31,6 +31,7 @@ import statistics
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -127,21 +128,21 @@ class Enough(Exception):
 def peak_memory() -> float:  # GiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 2**30
 
-def matrix_rate() -> float:
-    """FLOP/s of a square product in float32: the median of 15."""
-    a, seconds = torch.randn(1024, 1024), []
+def matrix_rate(size=1024, **how) -> float:
+    """FLOP/s of a square product, of float32 on the CPU if `how` does not say otherwise: the median of 15."""
+    a, seconds = torch.randn(size, size, **how), []
     for _ in range(15):
         started = time.perf_counter()
-        a @ a
+        (a @ a)[0, 0].item()  # waits for a GPU
         seconds.append(time.perf_counter() - started)
-    return 2 * 1024**3 / statistics.median(seconds)
+    return 2 * size**3 / statistics.median(seconds)
 
 def script_for(spec: dict) -> tuple:
     """The method's script and its arguments: updates to warm up and to time, and one more that is not finished."""
     script = importlib.import_module(f"humanline_{spec['method']}")
-    flags = {"model": spec["model"], "data": spec["data"], "steps": 3, "batch_size": spec["batch"], "eval_size": 0,
-             "sync_every": 1, "micro_tokens": MICRO_TOKENS, "max_length": MAX_LENGTH, "save_every": 0, "device": "cpu",
-             "output_dir": WORK / "ours"}
+    flags = {"model": spec["model"], "data": spec["data"], "output_dir": WORK / "ours", "batch_size": spec["batch"],
+             "steps": max(3, spec.get("updates", 3)), "micro_tokens": MICRO_TOKENS, "max_length": MAX_LENGTH,
+             "sync_every": 1, "eval_size": 0, "save_every": 0, "device": spec.get("device", "cpu")}
     argv = [str(x) for name, value in flags.items() for x in (f"--{name}", value)]
     return script, script.parse_args([*argv, "--overwrite"])
 
@@ -150,14 +151,14 @@ def load_rows(script, tokenizer, args, keep_source=False) -> list:
     with contextlib.redirect_stdout(sys.stderr):
         return script.load_rows(args.data, None, tokenizer, keep_source, args)
 
-def run_script(script, args, before_update) -> None:
-    """The script's main, with before_update(number, batch) before each update, until the third."""
+def run_script(script, args, before_update, end=3) -> None:
+    """The script's main, with before_update(number, batch) before each update; that with number `end` is not made."""
     accumulate_gradient, begun = script.accumulate_gradient, []
 
     def update(model, batch, *given):
         begun.append(batch)
         before_update(len(begun), batch)
-        if len(begun) == 3:
+        if len(begun) == end:
             raise Enough
         return accumulate_gradient(model, batch, *given)
 
@@ -230,7 +231,7 @@ def profile_ours(spec: dict) -> dict:
     return {name: times[name] / sum(times.values()) for name in top}
 
 def measure_trl(spec: dict) -> dict:
-    """Of the last of spec["updates"] updates, on the batches that ours trains on."""
+    """Of spec["updates"] updates, without the first if there are more, on the batches that ours trains on."""
     import trl
     from datasets import Dataset
     from transformers import TrainerCallback
@@ -260,9 +261,9 @@ def measure_trl(spec: dict) -> dict:
     config = getattr(trl, f"{method.upper()}Config")(
         output_dir=str(WORK / "trl"), max_steps=spec["updates"], per_device_train_batch_size=spec["per_device"],
         gradient_accumulation_steps=spec["batch"] // spec["per_device"], sync_ref_model=True, ref_model_sync_steps=1,
-        ref_model_mixup_alpha=1.0, use_cpu=True, bf16=False, gradient_checkpointing=False,
-        train_sampling_strategy="sequential", logging_strategy="no", disable_tqdm=True, report_to=[],
-        save_strategy="no", **own)
+        ref_model_mixup_alpha=1.0, use_cpu=args.device == "cpu", bf16=args.device == "cuda",
+        gradient_checkpointing=False, train_sampling_strategy="sequential", logging_strategy="no", disable_tqdm=True,
+        report_to=[], save_strategy="no", **own)
     trainer = getattr(trl, f"{method.upper()}Trainer")(
         model=script.AutoModelForCausalLM.from_pretrained(spec["model"], dtype=torch.float32), args=config,
         train_dataset=Dataset.from_list([columns(row.source) for row in rows[:: GROUP if method == "grpo" else 1]]),
@@ -278,7 +279,8 @@ def measure_trl(spec: dict) -> dict:
     trainer.add_callback(Clock())
     with contextlib.redirect_stdout(sys.stderr):
         trainer.train()
-    tokens, seconds = sum(len(e.ids) for row in batches[-1] for e in row.examples), ended[-1] - ended[-2]
+    tokens, times = sum(len(e.ids) for row in batches[-1] for e in row.examples), [b - a for a, b in pairwise(ended)]
+    seconds = statistics.median(times[1:] or times)
     return {"tokens_per_second": tokens / seconds, "seconds": seconds, "memory": peak_memory(), "tokens": tokens}
 
 def measure_data(spec: dict) -> dict:

