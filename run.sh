@@ -46,11 +46,12 @@ case "${1:-demo}" in
     install requirements.txt tests/requirements.txt
     shift
     run .venv/bin/python -m pytest -q tests "$@" ;;
-  reproduce)
+  reproduce | gpu)
     install requirements.txt tests/requirements.txt
     smollm2
-    run .venv/bin/python tests/experiments/evidence.py "${@:2}" ;;
-  bench | memory | gpu)
+    program=${1/reproduce/evidence}
+    run .venv/bin/python "tests/experiments/$program.py" "${@:2}" ;;
+  bench | memory)
     install requirements.txt tests/requirements.txt
     run .venv/bin/python "tests/experiments/$1.py" "${@:2}" ;;
   dpo)  # batch and k as in the paper
