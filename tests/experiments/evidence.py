@@ -526,19 +526,21 @@ def finish(figure, path: Path) -> None:
 
 def draw_frontier(page: Page) -> None:
     """Sentiment over KL, a point for each reported run, as in the DPO paper's figure 2."""
-    figure, panels = plt.subplots(1, 3, figsize=(8, 3.6), sharey=True)
-    cells = [cell for part in ("main", "beta", "online", "ablation", "k") for cell in PARTS[part]]
-    for axes, method in zip(panels, KINDS):
+    cells = [c for part in ("main", "beta", "online", "ablation", "k") for c in PARTS[part] if page.all(c)]
+    methods = [method for method in KINDS if any(cell.method == method for cell in cells)] or ["dpo"]
+    figure, panels = plt.subplots(1, len(methods), figsize=(8, 3.6), sharey=True, squeeze=False)
+    for axes, method in zip(panels[0], methods):
         axes.plot(0, page.results[INITIAL["sentiment"]]["score"], "*", color="black", markersize=10, label="initial policy")
         for name, (color, marker) in LOOKS.items():
             some = [c for c in cells if c.method == method and name == ("online" if c.source == "online" else c.variant)]
             points = [point for c in some for point in zip(page.all(c, "kl"), page.all(c))]
             if points:
                 axes.plot(*zip(*points), marker, color=color, markersize=5, alpha=0.8, label=name)
-        axes.set(title=NAMES[method], xlabel="KL to the initial policy, nats a response")
+        axes.set_title(NAMES[method])
         axes.grid(alpha=0.3)
         axes.legend(fontsize=7)
-    panels[0].set_ylabel("sentiment of held-out responses")
+    figure.supxlabel("KL to the initial policy, nats a response", fontsize=10)
+    figure.supylabel("sentiment of held-out responses", fontsize=10)
     finish(figure, FIGURES / "frontier.png")
 
 
