@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import shutil
 
 import pytest
 import torch
@@ -186,6 +187,24 @@ def test_a_run_leaves_its_numbers(tiny, cell):
     assert len(found["greedy"]) == 5 and abs(found["kl"]) < 5
     assert (found["kl"] != 0) == (cell.method != "grpo")  # letters have no sentiment: all advantages are 0
     json.dumps(found)
+
+
+def test_a_toy_whose_responses_are_all_alike_ends_with_its_last_update(policy, monkeypatch, tmp_path):
+    run = Run("letters", "dpo", "online", "plain", "3", "", "1e-3", 1)
+    monkeypatch.setattr(evidence, "WORK", tmp_path)
+    shutil.copytree(policy, run.folder() / "policy")
+    weights = {name: w + 1 for name, w in AutoModelForCausalLM.from_pretrained(policy).named_parameters()}
+
+    def main(args):
+        lines = [{"step": 0, "seconds": 1}, {"step": 1, "seconds": 1, "loss": 0.5, "unclipped": 1}]
+        write_jsonl(tmp_path / "metrics.jsonl", lines)
+        torch.save({"model": weights}, tmp_path / "checkpoint.pt")
+        raise common.BadInput("equal within all groups")
+
+    monkeypatch.setattr(humanline_dpo, "main", main)
+    assert evidence.train(run, "cpu", tmp_path)["updates"] == 1
+    final = AutoModelForCausalLM.from_pretrained(tmp_path / "final")
+    assert torch.equal(final.model.norm.weight, weights["model.norm.weight"]) and AutoTokenizer.from_pretrained(tmp_path / "final")
 
 
 def test_the_initial_policy_has_no_kl(tiny):
