@@ -419,18 +419,20 @@ def beta_table(page: Page) -> str:
                      for a, b in [[real(m, variant=v, beta=beta) for v in ("plain", "humanline")]]])
 
 def toy_tables(page: Page) -> str:
-    cells = {cell[1:5] + (cell[5] if cell[0] == "addition" else "",): Run(*cell) for cell in TOY}
-    main = [[name, *(page.cell(cells[m, source, variant, "0" if m == "grpo" else "3", ""]) for m in KINDS)]
+    cells = {cell[:5]: Run(*cell) for cell in TOY}  # of letters: there a cell has one k
+    sums = {cell[2:6:3]: Run(*cell) for cell in TOY if cell[0] == "addition"}  # by source and k
+    main = [[name, *(page.cell(cells["letters", m, source, variant, "0" if m == "grpo" else "3"]) for m in KINDS)]
             for name, source, variant in (("offline", "offline", "plain"), ("offline + humanline", "offline", "humanline"),
                                           ("online", "online", "plain"))]
     beta = [[f"{NAMES[m]}, β = {b}", page.cell(x), page.cell(y), page.difference(y, x)] for m in ("dpo", "kto")
-            for b in TOY_BETAS for x, y in [[cells[m, "offline", v, b, ""] for v in ("plain", "humanline")]]]
-    k = [["online", page.cell(cells["grpo", "online", "plain", "0", ""])],
-         ["every 64 updates, plain", page.cell(cells["grpo", "every 64", "plain", "0", ""])]]
-    k += [[f"every 64 updates, k = {x}", page.cell(cells["grpo", "every 64", "humanline", "0", x])] for x in TOY_KS]
+            for b in TOY_BETAS for x, y in [[cells["letters", m, "offline", v, b] for v in ("plain", "humanline")]]]
+    k = [["online", page.cell(sums["online", ""]), ""],
+         ["every 64 updates, plain", page.cell(sums["every 64", ""]), ""]]
+    k += [[f"every 64 updates, k = {x}", page.cell(sums["every 64", x]),
+           page.difference(sums["every 64", x], sums["every 64", ""])] for x in TOY_KS]
     tables = {"Letters, win rate, β = 3 (β·T = 40) for DPO and KTO:": markdown(["", *NAMES.values()], main),
               "Letters, win rate, over β:": markdown(["", "plain", "humanline", "humanline less plain"], beta),
-              "Addition, GRPO, greedy accuracy, over k:": markdown(["", "accuracy"], k)}
+              "Addition, GRPO, greedy accuracy, over k:": markdown(["", "accuracy", "less plain's"], k)}
     return "\n\n".join(f"{title}\n\n{table}" for title, table in tables.items() if table)
 
 def rates_table(page: Page) -> str:
