@@ -25,9 +25,9 @@ LINES = {"initial": "initial policy", "plain": "plain", "humanline": "humanline"
 def say(text: str) -> None:
     print(f"\n[{(time.perf_counter() - STARTED) / 60:.1f} min] {text}", flush=True)
 
-def train(variant: str, data) -> list[dict]:
+def train(variant: str, seed: int) -> list[dict]:
     """The metrics of a run; what it prints goes to a file."""
-    run = evidence.real("dpo", variant=variant)._replace(lr=RATE, seed=data)
+    run = evidence.real("dpo", variant=variant)._replace(lr=RATE, seed=seed)
     argv = run.argv("cpu", OUT / variant) + ["--steps", str(UPDATES), "--eval_size", "16", "--eval_every", str(UPDATES // 2)]
     one_bar = mock.patch.object(common, "tqdm", lambda batches, *_, **__: batches)  # none of an evaluation's sampling
     with open(OUT / f"{variant}.log", "w") as log, contextlib.redirect_stdout(log), one_bar:
@@ -73,7 +73,7 @@ humanline (the log-ratio of each token clipped to ±1.5, the reference synced at
         say(f"training, {variant}")
         metrics[variant] = train(variant, 1)
     for variant in LINES:
-        say(f"grading the {LINES[variant]}: its answers to {PROMPTS} other prompts")
+        say(f"grading, {LINES[variant]}: answers to {PROMPTS} other prompts")
         found[variant] = real_model.grade(MODEL if variant == "initial" else OUT / variant / "final", times=1, count=PROMPTS)
     say("done. The interval is of 95 %, over the prompts; KL is to the initial policy, in nats a response:\n")
     print(f"  {'':16s}{'sentiment':22s}{'KL':>6s}{'last training loss':>22s}")
@@ -90,7 +90,7 @@ humanline (the log-ratio of each token clipped to ±1.5, the reference synced at
     moved = {v: statistics.fmean(found[v]["rewards"]) - statistics.fmean(found["initial"]["rewards"]) for v in metrics}
     print(f"""
 Plain training moved the sentiment by {number(moved["plain"], True)}, humanline by {number(moved["humanline"], True)}; the second less the first: {mean_of(gaps)}.
-This is one seed at one β: README.md has three seeds, and plain at its best β.
+This is one seed at one β and one rate: README.md has three seeds, each side at its best rate.
 Open {draw(metrics)} for the sentiment over updates. To train on your own pairs:
 
   .venv/bin/python humanline_dpo.py --model Qwen/Qwen2.5-1.5B-Instruct --data pairs.jsonl""")

@@ -494,12 +494,12 @@ policy is right in {number(start)}.""", markdown(["", "right (KL)"], [[name, pag
 cells. They were found by climbing ladders of rate, k and gradient norm on seeds 10, 11 and 12. An online run of DPO or KTO
 ends when all responses to each prompt are alike; the policy of its last update is graded.""", toy_tables(page)),
         ("## Theory", "", theory())]
-    missing = [title.strip("# ") for title, _, table in sections if not table]
+    missing = [part for part, cells in PARTS.items() if not all(map(page.all, cells))]
     return "\n\n".join([f"""# Results
 
 `./run.sh reproduce` makes all of this page: {len(runs)} runs, {sum(x["wall"] for x in runs) / 3600:.1f} hours of processes. {machines}.
 Seeds {", ".join(map(str, SEEDS))}. Intervals are 95 % t-intervals over the seeds, and for three seeds they are wide. Where one holds 0,
-no difference is shown, which is no proof that there is none.""", *(f"Not run yet: {', '.join(missing)}." for _ in missing[:1]),
+no difference is shown, which is no proof that there is none.""", *(f"Parts that are not run yet, or not in full: {', '.join(missing)}." for _ in missing[:1]),
         *(text for section in sections if section[2] for text in section if text)]) + "\n"
 
 def bench_table() -> str:

