@@ -12,25 +12,35 @@ from unittest import mock
 
 import evidence
 import real_model
-from evidence import LOOKS, finish, number, plt
+from evidence import number
+from plot import plot
 from real_model import DATA, MODEL, ROOT
+from tqdm import tqdm
+from transformers.utils import logging
 
 import common
 import humanline_dpo
 
 STARTED = time.perf_counter()
-OUT, UPDATES, RATE, PROMPTS, SHOWN = ROOT / "runs/demo", 16, "1e-3", 64, 5
+OUT, UPDATES, PROMPTS, SHOWN = ROOT / "runs/demo", 14, 64, 5
+RATES = {"plain": "2e-3", "humanline": "1e-3"}  # of each the best on evidence.py's ladder
 LINES = {"initial": "initial policy", "plain": "plain", "humanline": "humanline"}
+
+class OneBar(tqdm):
+    """The bar of training, without those of what is done between two updates."""
+
+    def __init__(self, items, desc, **flags):
+        super().__init__(items, desc, disable=desc != "training", **flags)
 
 def say(text: str) -> None:
     print(f"\n[{(time.perf_counter() - STARTED) / 60:.1f} min] {text}", flush=True)
 
 def train(variant: str, seed: int) -> list[dict]:
     """The metrics of a run; what it prints goes to a file."""
-    run = evidence.real("dpo", variant=variant)._replace(lr=RATE, seed=seed)
+    run = evidence.real("dpo", variant=variant)._replace(lr=RATES[variant], seed=seed)
     argv = run.argv("cpu", OUT / variant) + ["--steps", str(UPDATES), "--eval_size", "16", "--eval_every", str(UPDATES // 2)]
-    one_bar = mock.patch.object(common, "tqdm", lambda batches, *_, **__: batches)  # none of an evaluation's sampling
-    with open(OUT / f"{variant}.log", "w") as log, contextlib.redirect_stdout(log), one_bar:
+    bars = [mock.patch.object(module, "tqdm", OneBar) for module in (common, humanline_dpo)]
+    with open(OUT / f"{variant}.log", "w") as log, contextlib.redirect_stdout(log), bars[0], bars[1]:
         humanline_dpo.main(humanline_dpo.parse_args(argv))
     return [json.loads(line) for line in open(OUT / variant / "metrics.jsonl")]
 
@@ -40,22 +50,9 @@ def mean_of(rewards: list[float]) -> str:
     mean = statistics.fmean(rewards)
     return evidence.bounds((mean, mean - half, mean + half))
 
-def draw(metrics: dict[str, list[dict]]) -> str:
-    """Sentiment over updates, of greedy and sampled sentences for the prompts of the evaluation."""
-    figure, axes = plt.subplots(figsize=(8, 3.6))
-    for variant, lines in metrics.items():
-        points = [(m["step"], (m["eval_reward_greedy"] + m["eval_reward_sampled"]) / 2) for m in lines
-                  if "eval_reward_greedy" in m]
-        color, marker = LOOKS[variant]
-        axes.plot(*zip(*points), marker=marker, color=color, label=variant)
-    axes.set(xlabel="updates", ylabel="sentiment of 16 held-out prompts")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    finish(figure, OUT / "reward.png")
-    return str((OUT / "reward.png").relative_to(ROOT))
-
 def main() -> None:
     OUT.mkdir(parents=True, exist_ok=True)
+    logging.disable_progress_bar()  # of loading
     real_model.make_model()
     run = evidence.real("dpo")._replace(seed=1)
     evidence.build(run)
@@ -63,7 +60,8 @@ def main() -> None:
     print(f"""The model is SmolLM2-135M-Instruct. For {len(pairs)} prompts it has written four sentences; VADER, a lexicon of words that
 people have rated, scores how positive each is, from −1 to 1. Of each four the best is "chosen" and the worst
 "rejected". On these pairs DPO now trains LoRA adapters, for {UPDATES} updates of 8 pairs, with β = 1: first plain, then with
-humanline (the log-ratio of each token clipped to ±1.5, the reference synced at each update). For example:
+humanline (the log-ratio of each token clipped to ±1.5, the reference synced at each update), each at the learning rate
+that was found best for it. For example:
 
   prompt    {pairs[0]["prompt"]}
   chosen    {" ".join(pairs[0]["chosen"].split())}
@@ -88,10 +86,11 @@ humanline (the log-ratio of each token clipped to ±1.5, the reference synced at
             print(f"    {name:16s}{' '.join(found[variant]['greedy'][i].split())}")
     gaps = [a - b for a, b in zip(found["humanline"]["rewards"], found["plain"]["rewards"])]
     moved = {v: statistics.fmean(found[v]["rewards"]) - statistics.fmean(found["initial"]["rewards"]) for v in metrics}
+    plot(metrics, ["eval_reward_greedy", "eval_reward_sampled", "loss"], OUT / "reward.png")
     print(f"""
 Plain training moved the sentiment by {number(moved["plain"], True)}, humanline by {number(moved["humanline"], True)}; the second less the first: {mean_of(gaps)}.
-This is one seed at one β and one rate: README.md has three seeds, each side at its best rate.
-Open {draw(metrics)} for the sentiment over updates. To train on your own pairs:
+This is one seed at one β: README.md has three seeds, and plain at its best β too.
+Open {(OUT / "reward.png").relative_to(ROOT)} for the reward (the sentiment of 16 held-out prompts) and the loss over updates. Train on your own pairs:
 
   .venv/bin/python humanline_dpo.py --model Qwen/Qwen2.5-1.5B-Instruct --data pairs.jsonl""")
 

@@ -519,7 +519,7 @@ def fill(text: str, page: Page) -> str:
     import memory
 
     added = page.difference(DPO["humanline"], DPO["synced only"])
-    limits = f"{page.at_equal_kl()} What clipping adds to syncing, for DPO: {added}."
+    limits = f"{page.at_equal_kl()} Syncing without clipping, DPO: {page.cell(DPO['synced only'])}; what clipping adds to it: {added}."
     tables = {"first": page.first_table(), "limits": limits, "sentences": sentences(page, 2),
               "memory": memory.memory_table(), "bench": bench_table()}
     for name, table in tables.items():

@@ -4,23 +4,17 @@
     .venv/bin/python tests/experiments/memory.py --model ID  another one, by its folder or Hub id
 
 The real code runs, common.py's response_logps and its backward pass under bf16 autocast, on tensors that have
-a shape and no data (FakeTensorMode). Every operation tells which storages it makes; we count a storage from its
-birth until Python and autograd have let go of it, and keep the peak. To the peak come 16 bytes for each parameter that
-is trained: float32 weights, gradients and AdamW's two averages (fused: no temporaries); and 2 for each that LoRA freezes,
-in bf16. The bf16 copies of float32 weights, 2 bytes more, are in the peak: autocast's in an update, the sampler's in
-sampling. So is all that the head makes.
+a shape and no data (FakeTensorMode). A storage counts from its birth until Python and autograd have let go of it, and
+we keep the peak. To it come 16 bytes for each parameter that is trained (float32 weights, gradients and AdamW's two
+averages) and 2 for each that LoRA freezes. The bf16 copies of float32 weights and what the head makes are in the peak.
 
 The layers of these models are alike, so we trace two and three of them and go on in a straight line, each phase for
-itself; a test does the same with real tensors and all layers. An update is traced at three sizes, with rows of 2 H
-tokens that are all trained. Bytes are linear in tokens, but for small sizes with checkpointing, and there convex, so
-that interpolating never says too little; beyond the largest size the line goes on. Sampling is traced while it reads
-the longest prompts and while it writes the last token of the longest responses, with a bf16 cache of keys and values.
+itself; a test does the same with real tensors and all layers. An update is traced at three sizes; between them we
+interpolate, which never says too little, and beyond the largest the line goes on. Sampling is traced while it
+reads the longest prompts and while it writes the last token of the longest responses.
 
-What CUDA does otherwise. Its flash attention saves what the CPU's does (bf16 Q, K, V and output, a float32 per head);
-backward kernels' own work space is not seen, but it is needed when the peak is over. Its logits are made in float32
-and not rounded first: half a block less than here. A reward model on the GPU is not counted. The allocator's rounding
-and fragmentation, cuBLAS's work space and the CUDA context are not seen: leave a tenth of the card free for them.
-`./run.sh gpu` compares with a GPU.
+On CUDA the logits take half a block less. Not seen are a reward model, the allocator's rounding and fragmentation,
+kernels' work space and the CUDA context: leave a tenth of the card free. `./run.sh gpu` compares with a GPU.
 """
 
 import argparse

@@ -8,7 +8,7 @@ writes, in about a minute on one CPU core,
     tests/experiments/figures/perceived.png     how likely outcomes look in online and offline samples, and to a human
     tests/experiments/results/theory.json       the numbers of both
 
-Sources: the humanline paper (arXiv 2509.24207: section 3, proposition 3.4, theorem 4.3, figure 2) and Tversky
+Sources: the humanline paper (arXiv 2509.24207: section 3, theorem 4.3, figure 2) and Tversky
 and Kahneman 1992, "Advances in prospect theory" (their median subject: γ = 0.61).
 An outcome z is a token's surprisal log π_θ − log π_ref, in nats. Probabilities are float64.
 """
@@ -52,20 +52,6 @@ def capacity(a: Tensor, gamma: float) -> Tensor:
     a: any shape, in [0, 1]. γ = 1 changes nothing; below γ ≈ 0.28 it is no longer monotone.
     """
     return a**gamma / (a**gamma + (1 - a) ** gamma) ** (1 / gamma)
-
-def decision_weights(p: Tensor, gamma: float) -> Tensor:
-    """ω_i = Ω⁺(Σ_{j≥i} p_j) − Ω⁺(Σ_{j>i} p_j): what outcome i counts for a human. They sum to 1.
-
-    p: (..., n), probabilities of outcomes from worst to best, all of them gains. Returns (..., n).
-    """
-    tail = p.flip(-1).cumsum(-1).flip(-1)  # (..., n): Pr(this outcome or a better one)
-    tail = tail / tail[..., :1]  # a rounding error above 1, (1 − a)^γ would be NaN
-    tail = torch.cat([tail, torch.zeros_like(tail[..., :1])], -1)  # (..., n + 1)
-    return -capacity(tail, gamma).diff()
-
-def kl(w: Tensor, q: Tensor) -> Tensor:
-    """KL(w ‖ q) in nats, (..., n) -> (...); infinite where q is 0 and w is not."""
-    return (torch.special.xlogy(w, w) - torch.special.xlogy(w, q)).sum(-1).clamp_min(0)  # but for rounding
 
 
 # --- theorem 4.3: clipping is the limit of sampling -------------------------------------------------
@@ -158,7 +144,6 @@ STYLES = {  # Okabe and Ito's colours, told apart by their lines too
     "offline-better": (r"offline, better: best of 8 of $\pi_\theta$", "#0072B2", ":", "^"),
 }
 LEVELS = torch.linspace(0, 1, 101, dtype=torch.float64)
-BINS = LEVELS[::5]  # the edges of twenty outcomes, 5% each under π_θ
 
 def tail_probability(source: Tensor, online: Tensor, levels: Tensor) -> Tensor:
     """Pr_source(Z ≥ z) at the z where Pr_online(Z ≥ z) is each of `levels`. (N,), (M,), (L,) -> (L,)."""
@@ -166,14 +151,10 @@ def tail_probability(source: Tensor, online: Tensor, levels: Tensor) -> Tensor:
     below = torch.searchsorted(source.sort().values, z)
     return torch.cat([levels[:1], 1 - below / len(source), levels[-1:]])
 
-def distances(source: Tensor, online: Tensor, gamma: float) -> dict[str, float]:
-    """From a source's outcomes (N,) to a human who looks at online ones (M,): the mean of
-    |Pr_source(Z ≥ z) − Ω⁺(Pr_online(Z ≥ z))|, and proposition 3.4's KL(ω ‖ Q) in nats, of the decision
-    weights ω of BINS and the source's shares Q of them."""
-    apart = (tail_probability(source, online, LEVELS) - capacity(LEVELS, gamma)).abs().mean()
-    shares = tail_probability(source, online, BINS).diff().flip(0)  # from worst to best
-    weights = decision_weights(BINS.diff().flip(0), gamma)
-    return {"mean_abs_difference": apart.item(), "kl_nats": kl(weights, shares).item()}
+def distance(source: Tensor, online: Tensor, gamma: float) -> float:
+    """Mean |Pr_source(Z ≥ z) − Ω⁺(Pr_online(Z ≥ z))|: from a source's outcomes (N,) to what a human sees in
+    online ones (M,)."""
+    return (tail_probability(source, online, LEVELS) - capacity(LEVELS, gamma)).abs().mean().item()
 
 def write(model, tokenizer, prompts: list[str], seed: int) -> tuple[list[Example], list[float]]:
     """One response a prompt at temperature 1, drawn by the scripts' own sampler, and the utility of each."""
@@ -230,8 +211,8 @@ def draw_perceived(online: Tensor, found: dict[str, Tensor], path: Path) -> dict
     for name, (label, colour, line, marker) in STYLES.items():
         y = tail_probability(found[name], online, LEVELS)
         axes.plot(LEVELS, y, line, color=colour, marker=marker, markevery=10, ms=5, label=label)
-        report[name] = {"tokens": len(found[name]), "mean_z_nats": found[name].mean().item()}
-        report[name] |= {"probability": y[::10].tolist()} | distances(found[name], online, GAMMA)
+        report[name] = {"tokens": len(found[name]), "mean_z_nats": found[name].mean().item(),
+                        "probability": y[::10].tolist(), "mean_abs_difference": distance(found[name], online, GAMMA)}
     save(axes, path, xlim=(0, 1), ylim=(0, 1), ylabel="Pr(Z ≥ z) in a source's tokens",
          xlabel=r"a = Pr(Z ≥ z) in $\pi_\theta$'s own tokens, Z = log $\pi_\theta$ − log $\pi_{ref}$")
     return report

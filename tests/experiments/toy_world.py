@@ -4,15 +4,12 @@ SFT on a task that a script can grade, and data sampled from that policy. Under 
     addition   "37+45" -> "82", two-digit numbers; reward 1 where the answer is right (verifiable)
     letters    four letters -> a string of 8 to 16 letters; reward a hidden utility (graded)
 
-    python tests/experiments/toy_world.py letters FOLDER
-
-leaves FOLDER/policy (the initial policy, a Hugging Face folder) and, for train and test (prompts that
-train does not have): prompts_*.jsonl {prompt, answer}, groups_*.jsonl {prompt, answer, completions, rewards},
-pairs_*.jsonl {prompt, chosen, rejected} (best and worst of a group) and labels_*.jsonl {prompt,
+build(FOLDER, "letters") leaves FOLDER/policy (the initial policy, a Hugging Face folder) and, for train and test
+(prompts that train does not have): prompts_*.jsonl {prompt, answer}, groups_*.jsonl {prompt, answer, completions,
+rewards}, pairs_*.jsonl {prompt, chosen, rejected} (best and worst of a group) and labels_*.jsonl {prompt,
 completion, label} (above or below the group's mean).
 """
 
-import argparse
 import json
 import random
 from pathlib import Path
@@ -210,12 +207,3 @@ def grade(policy: str | Path, world_folder: Path, world: str, seed: int = 0) -> 
     texts = sample(model, tokenizer, prompts, MAX_NEW_TOKENS[world], title="grading")
     columns = {key: [row[key] for row in rows] for key in rows[0] if key != "prompt"}
     return REWARDS[world](prompts, texts, **columns)
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
-    parser.add_argument("world", choices=WORLDS)
-    parser.add_argument("folder")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    build(args.folder, args.world, args.seed)
