@@ -51,13 +51,13 @@ def scores(cell: Run, of: dict) -> dict:
 def test_a_rate_is_known_when_its_neighbours_are_worse():
     cell = real("dpo")
     assert evidence.untried(evidence.tried(cell, {})) == list(START) and evidence.runs_of(cell, {}) == []
-    rising = scores(cell, {"2e-4": 0.1, "5e-4": 0.2, "1e-3": 0.3})
-    assert evidence.untried(evidence.tried(cell, rising)) == ["2e-3"]
-    peak = rising | scores(cell, {"2e-3": 0.25})
+    rising = scores(cell, {"5e-4": 0.1, "1e-3": 0.2, "2e-3": 0.3})
+    assert evidence.untried(evidence.tried(cell, rising)) == ["5e-3"]
+    peak = rising | scores(cell, {"5e-3": 0.25})
     assert evidence.untried(evidence.tried(cell, peak)) == []
-    assert evidence.runs_of(cell, peak) == [cell._replace(lr="1e-3", seed=seed) for seed in SEEDS]
-    falling = scores(cell, {"2e-4": 0.3, "5e-4": 0.2, "1e-3": 0.1})
-    assert evidence.untried(evidence.tried(cell, falling)) == ["1e-4"]
+    assert evidence.runs_of(cell, peak) == [cell._replace(lr="2e-3", seed=seed) for seed in SEEDS]
+    falling = scores(cell, {"5e-4": 0.3, "1e-3": 0.2, "2e-3": 0.1})
+    assert evidence.untried(evidence.tried(cell, falling)) == ["2e-4"]
 
 
 def test_whose_rate_a_cell_has():
@@ -76,9 +76,9 @@ def test_what_is_wanted_next():
     first = evidence.wanted(["k"], {})
     assert first[0].method == "initial" and first[1:4] == list(scores(cell, dict.fromkeys(START, 0)))
     assert len(first) == len(set(first)) == 7  # DPO's and GRPO's rates, which all k share
-    known = scores(cell, {"2e-4": 0.1, "5e-4": 0.2, "1e-3": 0.1})
+    known = scores(cell, {"5e-4": 0.1, "1e-3": 0.2, "2e-3": 0.1})
     then = evidence.wanted(["k"], known)
-    assert [run for run in then if run[:6] == k[:6]] == [k._replace(lr="5e-4", seed=seed) for seed in SEEDS]
+    assert [run for run in then if run[:6] == k[:6]] == [k._replace(lr="1e-3", seed=seed) for seed in SEEDS]
     assert not set(then) & set(known)
     toys = evidence.wanted(["toy"], {})
     assert len(toys) == len(evidence.TOY) * len(SEEDS) and all(run.lr and run.seed in SEEDS for run in toys)

@@ -59,7 +59,7 @@ import real_model  # noqa: E402
 import toy_world  # noqa: E402
 
 SEEDS, CHOICE = (1, 2, 3), 0
-LADDER, START = ("5e-5", "1e-4", "2e-4", "5e-4", "1e-3", "2e-3", "5e-3", "1e-2"), ("2e-4", "5e-4", "1e-3")
+LADDER, START = ("5e-5", "1e-4", "2e-4", "5e-4", "1e-3", "2e-3", "5e-3", "1e-2"), ("5e-4", "1e-3", "2e-3")
 UPDATES = {"sentiment": 24, "sums": 32, "letters": 120, "addition": 192}
 REAL = f"--lora_rank 16 --max_length 128 --group_size 4 --warmup 2 --system_prompt {shlex.quote(real_model.SYSTEM)}"
 FLAGS = {"sentiment": f"{REAL} --max_new_tokens {real_model.TOKENS}", "sums": f"{REAL} --max_new_tokens 24",
