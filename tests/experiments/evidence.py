@@ -13,10 +13,10 @@ A run is a script's own main, with flags only. Tasks:
     addition   toy_world.py's: greedy accuracy, mean of the last four evaluations of six
 
 On the real model a run trains LoRA adapters of rank 16 in UPDATES updates, and its learning rate falls to 0. A seed
-draws 4 of the 8 responses to each prompt, the order and all samples; SEEDS are reported. The learning rate is the best
-of LADDER on the seed CHOICE: each cell begins with START and goes on while its best rate lacks a neighbour. At other β
-plain has a rate of its own; the variants of humanline, its other β and other k have the rate of humanline at β = 1. The
-toys' flags (TOY) were found by climbing such ladders of rate, k and gradient norm, on seeds 10, 11 and 12.
+draws 4 of the 8 responses to each prompt, the order and the samples of training; SEEDS are reported. The learning rate
+is the best of LADDER on the seed CHOICE: each cell begins with START and goes on while its best rate lacks a neighbour.
+A rate whose KL is above LIMIT is not chosen. At other β plain has a rate of its own; the variants of humanline, its
+other β and other k have the rate of humanline at β = 1. The toys' flags (TOY) were found by climbing such ladders of rate, k and gradient norm, on seeds 10, 11 and 12.
 
 A finished run is a line of results/evidence.jsonl; tables and figures are made of that file alone. Intervals are 95 %
 t-intervals over seeds, of paired differences where two cells are compared.
@@ -60,6 +60,7 @@ import toy_world  # noqa: E402
 
 SEEDS, CHOICE = (1, 2, 3), 0
 LADDER, START = ("5e-5", "1e-4", "2e-4", "5e-4", "1e-3", "2e-3", "5e-3", "1e-2"), ("5e-4", "1e-3", "2e-3")
+LIMIT = 30.0  # nats a response of at most 32 tokens: beyond it VADER still likes the words, but they are no sentences
 UPDATES = {"sentiment": 24, "sums": 32, "letters": 120, "addition": 192}
 REAL = f"--lora_rank 16 --max_length 128 --group_size 4 --warmup 2 --system_prompt {shlex.quote(real_model.SYSTEM)}"
 FLAGS = {"sentiment": f"{REAL} --max_new_tokens {real_model.TOKENS}", "sums": f"{REAL} --max_new_tokens 24",
@@ -153,26 +154,32 @@ def tuned(cell: Run) -> Run:
         return cell
     return cell._replace(variant="humanline", k=K[cell.method], beta="0" if cell.method == "grpo" else "1")
 
-def tried(cell: Run, results: dict) -> dict[str, float]:
-    """Score of each rate that was tried for a cell of the real model."""
+def tried(cell: Run, results: dict) -> dict[str, dict]:
+    """The run of each rate that was tried for a cell of the real model."""
     runs = [tuned(cell)._replace(lr=lr, seed=CHOICE) for lr in LADDER]
-    return {run.lr: results[run]["score"] for run in runs if run in results}
+    return {run.lr: results[run] for run in runs if run in results}
 
-def untried(scores: dict[str, float]) -> list[str]:
+def best_rate(runs: dict[str, dict]) -> str:
+    """That of the largest score, among the runs whose KL is at most LIMIT while there are any."""
+    return max(runs, key=lambda lr: (runs[lr]["kl"] <= LIMIT, runs[lr]["score"]))
+
+def untried(runs: dict[str, dict]) -> list[str]:
     """The rates to try next: none where the best has both neighbours."""
-    if not set(START) <= set(scores):
-        return [lr for lr in START if lr not in scores]
-    at = LADDER.index(max(scores, key=scores.get))
-    return [lr for lr in LADDER[max(0, at - 1) : at + 2] if lr not in scores]
+    if not set(START) <= set(runs):
+        return [lr for lr in START if lr not in runs]
+    at = LADDER.index(best_rate(runs))
+    return [lr for lr in LADDER[max(0, at - 1) : at + 2] if lr not in runs]
 
 def runs_of(cell: Run, results: dict) -> list[Run]:
     """A cell's runs over SEEDS; none as long as its rate is not known."""
     if cell.method == "initial":
         return [cell]
-    scores = TOY.get(cell[:6]) or tried(cell, results)
-    if cell[:6] not in TOY and untried(scores):
+    if cell[:6] in TOY:
+        lr = TOY[cell[:6]][0]
+    elif untried(runs := tried(cell, results)):
         return []
-    lr = scores[0] if cell[:6] in TOY else max(scores, key=scores.get)
+    else:
+        lr = best_rate(runs)
     return [cell._replace(lr=lr, seed=seed) for seed in SEEDS]
 
 def wanted(parts: list[str], results: dict) -> list[Run]:
@@ -347,8 +354,10 @@ class Page:
     def plain(self, method: str) -> list[Run]:
         """Offline plain at all BETAS, the best on the seed CHOICE first; [] as long as one is missing."""
         cells = [real(method, beta=beta) for beta in BETAS if method != "grpo"]
-        best_first = sorted(cells, key=lambda cell: -max(tried(cell, self.results).values(), default=0))
-        return best_first if all(map(self.all, cells)) else []
+        if not all(map(self.all, cells)):
+            return []
+        chosen = [tried(cell, self.results) for cell in cells]
+        return [cell for _, cell in sorted(zip(chosen, cells), key=lambda x: -x[0][best_rate(x[0])]["score"])]
 
     def first_table(self) -> str:
         best = {method: self.plain(method)[0] for method in KINDS if self.plain(method)}
@@ -376,12 +385,12 @@ class Page:
             beyond += kl > points[-1][0]
             gaps.append(score - float(numpy.interp(kl, *zip(*points))))
         found = interval(gaps)
-        more = f" (in {beyond} of {len(SEEDS)} seeds its KL is larger than any plain run's; these meet the last)" if beyond else ""
+        more = f" (in {beyond} of {len(SEEDS)} seeds no plain run has so large a KL; these are compared with the largest)" if beyond else ""
         return f"{NAMES[method]} {bounds(found, True)}: {verdict(found)}{more}"
 
     def at_equal_kl(self) -> str:
         found = "; ".join(filter(None, map(self.frontier, KINDS)))
-        return ("A policy may gain reward by drifting. At equal KL, on a line between plain's runs over β, humanline's sentiment "
+        return ("A policy may gain reward by drifting. At equal KL, on a line between plain's runs over β (each at its best rate), humanline's sentiment "
                 f"less plain's is: {found}.") if found else f"Plain at other β, to compare with at equal KL, is {MISSING}."
 
 
@@ -439,11 +448,11 @@ def rates_table(page: Page) -> str:
     cells = dict.fromkeys(tuned(cell) for part in PARTS if part != "toy" for cell in PARTS[part])
     rows = []
     for cell in cells:
-        scores = tried(cell, page.results)
-        best = max(scores, key=scores.get, default="")
+        runs = tried(cell, page.results)
         name = " ".join([cell.task, cell.method, cell.source, cell.variant, f"β = {cell.beta}" if cell.beta != "0" else ""])
-        rows.append([name, best, ", ".join(f"{lr}: {number(x)}" for lr, x in scores.items())])
-    return markdown(["cell", "best rate", f"rates and their scores on seed {CHOICE}"], rows)
+        rows.append([name, "" if untried(runs) else best_rate(runs),
+                     ", ".join(f"{lr}: {number(x['score'])} ({x['kl']:.0f})" for lr, x in runs.items())])
+    return markdown(["cell", "best rate", f"rates, their scores and KL on seed {CHOICE}"], rows)
 
 def sentences(page: Page, count: int) -> str:
     """The greedy sentences of the first seed's DPO runs, for the first held-out prompts."""
@@ -452,7 +461,7 @@ def sentences(page: Page, count: int) -> str:
     if not all(found.values()):
         return MISSING
     prompts = [row["prompt"] for row in real_model.read(real_model.DATA / "held_out.jsonl")[:count]]
-    return markdown(["prompt", *runs], [[prompt, *(" ".join(found[name][0][i].split()) for name in runs)]
+    return markdown(["prompt", *runs], [[prompt, *(" ".join(found[name][0][i].split()).replace("|", "\\|") for name in runs)]
                                         for i, prompt in enumerate(prompts)])
 
 def theory() -> str:
@@ -460,7 +469,7 @@ def theory() -> str:
     betas, perceived = found["theorem_4_3"]["gamma_P, gamma_R, beta_P, beta_R = (0.5, 0.01, 1.0, 1.0)"], found["perceived"]
     away = {name: perceived[name]["mean_abs_difference"] for name in found["mean_utility"]}
     order = ", ".join(f"{name.replace('-', ' ')} {away[name]:.2f}" for name in sorted(away, key=away.get))
-    return f"""Theorem 4.3 says that humanline sampling becomes clipping as its Betas concentrate: the share of tokens on which they
+    return f"""`.venv/bin/python tests/experiments/theory.py` makes this section, with seed {found["seed"]}, in a minute. Theorem 4.3 says that humanline sampling becomes clipping as its Betas concentrate: the share of tokens on which they
 differ falls as c to the power of −0.5. Here it is {number(betas["slope"])} at the paper's Betas; at c = 1 the share is {betas["share"][0]:.2f}.
 
 ![sampling becomes clipping](../figures/theorem_4_3.png)
@@ -482,22 +491,23 @@ def results_page(page: Page) -> str:
 policy's own responses. A cell is the sentiment of responses to 100 held-out prompts, each asked twice at temperature 1, and
 in parentheses the KL to the initial policy, nats a response. β = 1 for DPO and KTO; k = {K["dpo"]}, for GRPO {K["grpo"]}.""", page.first_table()),
         ("![sentiment over KL](../figures/frontier.png)", page.at_equal_kl(), claims(page)),
-        ("### β", "", beta_table(page)),
-        ("### The parts of the method", "DPO, all at humanline's rate and k.", markdown(["", "sentiment (KL)"], synced)),
-        ("### k", "", markdown(["k", "DPO", "GRPO"], k)),
+        ("### β", "Plain has its best rate at each β, humanline at each that of β = 1.", beta_table(page)),
+        ("### The parts of the method", "DPO at β = 1, all at humanline's rate; all but \"clipped only\" at its k.", markdown(["", "sentiment (KL)"], synced)),
+        ("### k", f"Humanline at other k, at the rate of k = {K['dpo']} (GRPO: {K['grpo']}).", markdown(["k", "DPO", "GRPO"], k)),
         ("### Sums", f"""*What is 27 + 82?*: GRPO, {UPDATES["sums"]} updates, 24 tokens, `math_reward`, 100 held-out sums, each asked twice. The initial
 policy is right in {number(start)}.""", markdown(["", "right (KL)"], [[name, page.cell(SUMS[of])] for name, of in (
             ("sampled every update (online)", "online"), ("every 16 updates, plain", "plain"),
             ("every 16 updates, humanline", "humanline"))])),
-        ("### How the rates were chosen", f"The best on seed {CHOICE}, which is not reported.", rates_table(page)),
+        ("### How the rates were chosen", f"The best on seed {CHOICE}, which no other table uses. A rate is not chosen where the KL is above {LIMIT:.0f} nats, about one a token:\nthere VADER still likes the words, but they are no sentences. The KL is in parentheses.", rates_table(page)),
         ("## Two toys", """A policy of 280 thousand parameters, for what the real model cannot show in minutes. `evidence.py` has the flags of these
-cells. They were found by climbing ladders of rate, k and gradient norm on seeds 10, 11 and 12. An online run of DPO or KTO
+cells. In letters it writes strings of letters, whose hidden utility is graded by the win rate against the initial policy (½
+for a tie); in addition sums, from samples drawn anew at each update (online) or every 64 updates. The flags were found by climbing ladders of rate, k and gradient norm on seeds 10, 11 and 12. An online run of DPO or KTO
 ends when all responses to each prompt are alike; the policy of its last update is graded.""", toy_tables(page)),
         ("## Theory", "", theory())]
     missing = [part for part, cells in PARTS.items() if not all(map(page.all, cells))]
     return "\n\n".join([f"""# Results
 
-`./run.sh reproduce` makes all of this page: {len(runs)} runs, {sum(x["wall"] for x in runs) / 3600:.1f} hours of processes. {machines}.
+`./run.sh reproduce` makes this page, Theory apart: {len(runs)} runs, {sum(x["wall"] for x in runs) / 3600:.1f} hours of processes. {machines}.
 Seeds {", ".join(map(str, SEEDS))}. Intervals are 95 % t-intervals over the seeds, and for three seeds they are wide. Where one holds 0,
 no difference is shown, which is no proof that there is none.""", *(f"Parts that are not run yet, or not in full: {', '.join(missing)}." for _ in missing[:1]),
         *(text for section in sections if section[2] for text in section if text)]) + "\n"
@@ -519,7 +529,10 @@ def fill(text: str, page: Page) -> str:
     import memory
 
     added = page.difference(DPO["humanline"], DPO["synced only"])
-    limits = f"{page.at_equal_kl()} Syncing without clipping, DPO: {page.cell(DPO['synced only'])}; what clipping adds to it: {added}."
+    same = [(beta, page.difference(*(real("dpo", variant=v, beta=beta) for v in ("humanline", "plain")))) for beta in BETAS]
+    limits = page.at_equal_kl() + " At the same β, DPO with humanline less plain: "
+    limits += "; ".join(f"β = {beta} {found}" for beta, found in same)
+    limits += f". Syncing without clipping, DPO: {page.cell(DPO['synced only'])}; what clipping adds to it: {added}."
     tables = {"first": page.first_table(), "limits": limits, "sentences": sentences(page, 2),
               "memory": memory.memory_table(), "bench": bench_table()}
     for name, table in tables.items():

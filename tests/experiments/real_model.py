@@ -127,7 +127,7 @@ def grade(policy: str | Path, task: str = "sentiment", device: str = "cpu", time
     """Responses to `count` held-out prompts, each asked `times` times at temperature 1: {"rewards", "kl"}, the latter
     estimated from the first of them; and {"greedy"}, the likeliest responses to five prompts."""
     rows = (sums()[1] if task == "sums" else read(DATA / "held_out.jsonl"))[:count] * times
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(policy).eval(), AutoTokenizer.from_pretrained(policy)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float32).eval(), AutoTokenizer.from_pretrained(policy)
     torch.manual_seed(0)
     examples, texts = answers(model.to(device), tokenizer, [row["prompt"] for row in rows], 1.0)
     if task == "sums":
@@ -136,7 +136,7 @@ def grade(policy: str | Path, task: str = "sentiment", device: str = "cpu", time
         rewards = sentiment(texts)
     greedy, kl = answers(model, tokenizer, [row["prompt"] for row in rows[:5]], 0.0)[1], 0.0
     once = len(rows) // times
-    initial = AutoModelForCausalLM.from_pretrained(MODEL).eval().to(device)
+    initial = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval().to(device)
     for some in (examples[i : min(i + 10, once)] for i in range(0, once, 10)):
         logp, _ = common.response_logps(model, some)  # (10, T)
         kl += (logp - common.response_logps(initial, some)[0]).sum().item()
