@@ -91,7 +91,7 @@ that was found best for it. For example:
     print(f"""
 Plain training moved the sentiment by {number(moved["plain"], True)}, humanline by {number(moved["humanline"], True)}; the second less the first: {mean_of(gaps)}.
 This is one seed at one β. Over three seeds, in {evidence.UPDATES["sentiment"]} updates, the difference is {three}.
-README.md has all three methods, and plain at its best β too. A loss near 0.69 is no failure of humanline: its reference follows it.
+README.md has plain at its best β too. A loss near 0.69 is no failure of humanline: its reference follows it.
 Open {(OUT / "reward.png").relative_to(ROOT)} for the reward (the sentiment of 16 held-out prompts) and the loss over updates. Train on your own pairs:
 
   .venv/bin/python humanline_dpo.py --model Qwen/Qwen2.5-1.5B-Instruct --data pairs.jsonl""")
