@@ -1,7 +1,7 @@
 """Tokens per second, memory and share of the hardware's floor on a CPU, against TRL at its best.
 
     ./run.sh bench                                              all of it, at most an hour on 2 cores
-    .venv/bin/python tests/experiments/bench.py --only dpo      a part: dpo, kto, grpo, profile, data
+    .venv/bin/python tests/experiments/bench.py --only dpo      a part: dpo, kto, grpo
 
 The model has SmolLM2-135M's shape (30 layers, hidden size 576, 9 heads and 3 of keys and values, inner size 1,536, a
 tied vocabulary of 49,152), random weights, float32. The data are GSM8K's (../shared/data or --data_dir; else random
@@ -16,7 +16,7 @@ TRL's DPOTrainer, KTOTrainer and GRPOTrainer (whose rollout_func returns the fix
 run with the per-device batches of PER_DEVICE, accumulated to the same update: one update each finds the fastest and
 the lightest, which take turns with ours, and medians count. Each trainer syncs its reference model (sync_ref_model)
 and logs nothing; gradient checkpointing is off on both sides. Padding-free batches want flash attention, which no
-CPU has. `profile` is an update of DPO by operators; `data` reads and holds pairs of 1,700 tokens as the scripts do.
+CPU has.
 """
 
 import argparse
@@ -45,7 +45,6 @@ import torch  # noqa: E402
 import common  # noqa: E402
 
 KINDS = {"dpo": "pairs", "kto": "labels", "grpo": "groups"}
-PARTS = [*KINDS, "profile", "data"]
 BATCH = {"dpo": 6, "kto": 12, "grpo": 12}  # of an update, as --batch_size counts: pairs, labels, responses
 GROUP = 4  # GRPO's responses to a prompt
 # TRL's per-device batches. KTO's are twice as large: TRL pairs a prompt with another's response of its per-device
@@ -53,7 +52,6 @@ GROUP = 4  # GRPO's responses to a prompt
 PER_DEVICE = {"dpo": (1, 2), "kto": (2, 4), "grpo": (1, 2, 4)}
 MICRO_TOKENS, MAX_LENGTH = 640, 1024
 MODEL = WORK / "smollm2-shape"
-ROWS = (2_000, 20_000)  # that `data` reads
 SMOLLM2 = dict(vocab_size=49_152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
                num_key_value_heads=3, tie_word_embeddings=True, max_position_embeddings=8192, rope_theta=100_000.0)
 
@@ -86,22 +84,16 @@ def make_model(shape: dict, folder: Path) -> None:
 def read(path: Path) -> list[dict]:
     return [json.loads(line) for line in open(path, encoding="utf-8")]
 
-def write(name: str, rows: list[dict]) -> Path:
-    (WORK / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return WORK / name
-
-def rows_for(method: str, count: int, seed: int) -> list[dict]:
-    """Rows of GSM8K, other ones for each seed; the same for both sides."""
+def data_for(method: str, seed: int) -> Path:
+    """A file with the rows of three updates: of GSM8K, other ones for each seed, the same for both sides."""
     path, rng = DATA_DIR / f"gsm8k_{KINDS[method]}.jsonl", random.Random(seed)
+    count = 3 * BATCH[method] // (GROUP if method == "grpo" else 1)
     rows = rng.sample(read(path), count) if path.exists() else made_up(method, count, rng)
     if method == "grpo":
         rows = [row | {name: row[name][:GROUP] for name in ("completions", "rewards")} for row in rows]
-    return rows
-
-def data_for(method: str, seed: int) -> Path:
-    """A file with the rows of three updates."""
-    rows = 3 * BATCH[method] // (GROUP if method == "grpo" else 1)
-    return write(f"{method}.jsonl", rows_for(method, rows, seed))
+    file = WORK / f"{method}.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
 
 def made_up(method: str, count: int, rng: random.Random) -> list[dict]:
     """Rows with random characters, each a token, of about GSM8K's lengths."""
@@ -113,11 +105,6 @@ def made_up(method: str, count: int, rng: random.Random) -> list[dict]:
                 "grpo": {"completions": texts, "rewards": [*range(GROUP)]}}[method]
         rows.append({"prompt": prompt} | more)
     return rows
-
-def long_pairs(count: int) -> list[dict]:
-    """Pairs of 1,700 tokens in both: each response six times."""
-    pairs = random.Random(0).choices(rows_for("dpo", 700, 0), k=count)
-    return [pair | {name: pair[name] * 6 for name in ("chosen", "rejected")} for pair in pairs]
 
 
 # --- one measurement, in a process of its own -----------------------------------------------------------
@@ -145,11 +132,6 @@ def script_for(spec: dict) -> tuple:
              "sync_every": 1, "eval_size": 0, "save_every": 0, "device": spec.get("device", "cpu")}
     argv = [str(x) for name, value in flags.items() for x in (f"--{name}", value)]
     return script, script.parse_args([*argv, "--overwrite"])
-
-def load_rows(script, tokenizer, args, keep_source=False) -> list:
-    """The file's rows as tokens, as the script's main reads them; it keeps their texts for a reward only."""
-    with contextlib.redirect_stdout(sys.stderr):
-        return script.load_rows(args.data, None, tokenizer, keep_source, args)
 
 def run_script(script, args, before_update, end=3) -> None:
     """The script's main, with before_update(number, batch) before each update; that with number `end` is not made."""
@@ -214,22 +196,6 @@ def floor(batch: list, config, rate: float) -> float:
             flops += forward * (2 if is_mismatched(row) else 4)
     return flops / rate
 
-def profile_ours(spec: dict) -> dict:
-    """Share of each operator's own time in the second update."""
-    script, args = script_for(spec)
-    profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
-
-    def before_update(number, batch):
-        if number == 2:
-            profiler.start()
-        if number == 3:
-            profiler.stop()
-
-    run_script(script, args, before_update)
-    times = {event.key: event.self_cpu_time_total for event in profiler.key_averages()}
-    top = sorted(times, key=times.get, reverse=True)[:12]
-    return {name: times[name] / sum(times.values()) for name in top}
-
 def measure_trl(spec: dict) -> dict:
     """Of spec["updates"] updates, without the first if there are more, on the batches that ours trains on."""
     import trl
@@ -238,7 +204,8 @@ def measure_trl(spec: dict) -> dict:
 
     method, (script, args) = spec["method"], script_for(spec)
     tokenizer = script.AutoTokenizer.from_pretrained(spec["model"])
-    rows = load_rows(script, tokenizer, args, keep_source=True)
+    with contextlib.redirect_stdout(sys.stderr):
+        rows = script.load_rows(args.data, None, tokenizer, True, args)  # True: it keeps their texts
     batches = script.make_batches(rows, args)[: spec["updates"]]
     rows = [row for batch in batches for row in batch]
     roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant", "completion": "assistant"}
@@ -283,22 +250,8 @@ def measure_trl(spec: dict) -> dict:
     seconds = statistics.median(times[1:] or times)
     return {"tokens_per_second": tokens / seconds, "seconds": seconds, "memory": peak_memory(), "tokens": tokens}
 
-def measure_data(spec: dict) -> dict:
-    """Reading and tokenizing a file of pairs, and by how much the process that holds them has grown."""
-    import psutil
 
-    script, args = script_for(spec)
-    tokenizer = script.AutoTokenizer.from_pretrained(spec["model"])
-    before, started = psutil.Process().memory_info().rss, time.perf_counter()
-    rows = load_rows(script, tokenizer, args)
-    seconds = time.perf_counter() - started
-    grown = psutil.Process().memory_info().rss - before
-    tokens = sum(len(example.ids) for row in rows for example in row.examples)
-    return {"rows": len(rows), "rows_per_second": len(rows) / seconds, "bytes_a_row": grown / len(rows),
-            "tokens_a_row": tokens / len(rows)}
-
-
-MEASURES = {"ours": measure_ours, "trl": measure_trl, "profile": profile_ours, "data": measure_data}
+MEASURES = {"ours": measure_ours, "trl": measure_trl}
 
 def measure(side: str, method: str, data: Path, **more) -> dict:
     """Run one measurement in a new process."""
@@ -344,7 +297,7 @@ def compare(method: str, repeats: int) -> dict:
 def main() -> None:
     global DATA_DIR
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
-    parser.add_argument("--only", nargs="*", choices=PARTS, default=PARTS, help="some parts")
+    parser.add_argument("--only", nargs="*", choices=KINDS, default=[*KINDS], help="some parts")
     parser.add_argument("--repeats", type=int, default=3, help="processes of each that take turns")
     parser.add_argument("--data_dir", type=Path, default=DATA_DIR, help="of gsm8k_pairs.jsonl, _labels and _groups")
     parser.add_argument("--out", type=Path, default=RESULTS, help="an existing folder for bench_cpu.json")
@@ -361,12 +314,7 @@ def main() -> None:
               "machine": f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"}
     for part in args.only:
         print(f"{part}, after {(time.perf_counter() - started) / 60:.0f} minutes", flush=True)
-        if part in KINDS:
-            table[part] = compare(part, args.repeats)
-        if part == "profile":
-            table[part] = measure("profile", "dpo", data_for("dpo", 0))
-        if part == "data":
-            table[part] = [measure("data", "dpo", write("long.jsonl", long_pairs(count))) for count in ROWS]
+        table[part] = compare(part, args.repeats)
         path.write_text(json.dumps(table, indent=1) + "\n")
 
 

@@ -52,7 +52,6 @@ import matplotlib.pyplot as plt  # noqa: E402
 import numpy  # noqa: E402
 import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
-from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 import common  # noqa: E402
 import real_model  # noqa: E402
@@ -97,11 +96,11 @@ class Run(NamedTuple):
         data = folder / ("prompts_train.jsonl" if n else f"{KINDS[self.method]}_train.jsonl")
         flags = f"--steps {UPDATES[self.task]} --batch_size {BATCH[self.task, self.method]} --sample_every {n}"
         flags += f" {FLAGS[self.task]} {VARIANTS[self.variant]} --beta {self.beta} --lr {self.lr} --seed {self.seed}"
-        flags += " --temperature 1.0 --gen_batch 1024 --save_every 0 --lr_decay --overwrite"
+        flags += f" --temperature 1.0 --gen_batch 1024 --save_every {int(n == 1)} --lr_decay --overwrite"
         if self.k:
             flags += f" --sync_every {self.k}"
         if toy:
-            flags += f" --max_grad_norm {TOY[self[:6]][1]} --save_every {1 if n == 1 else 0}"
+            flags += f" --max_grad_norm {TOY[self[:6]][1]}"
         if self.task == "addition":
             flags += f" --eval_data {folder}/prompts_test.jsonl --eval_size 512 --eval_every 32"
         else:
@@ -214,6 +213,7 @@ def build(run: Run) -> None:
         toy_world.build(folder, run.task, run.seed, **TOY_SIZES[run.task])
         if not (folder / "initial.json").exists():
             (folder / "initial.json").write_text(json.dumps(toy_world.grade(folder / "policy", folder, run.task)))
+    if (folder / "prompts_train.jsonl").exists():
         return
     groups = []
     if run.task == "sentiment":
@@ -226,14 +226,15 @@ def build(run: Run) -> None:
 
 def train(run: Run, device: str, out: Path) -> dict:
     script = importlib.import_module(f"humanline_{run.method}")
+    args = script.parse_args(run.argv(device, out))
     try:
-        script.main(script.parse_args(run.argv(device, out)))
-    except common.BadInput as error:  # a toy's policy may end up with one answer to each prompt: nothing to learn
-        if run.task != "letters" or "equal within all groups" not in str(error):
+        script.main(args)
+    except common.BadInput as error:  # online, a policy may end up with one answer to each prompt: nothing to learn
+        if run.source != "online" or "equal within all groups" not in str(error):
             raise
-        policy = AutoModelForCausalLM.from_pretrained(run.folder() / "policy")
-        policy.load_state_dict(torch.load(out / "checkpoint.pt", weights_only=False)["model"])
-        for part in (policy, AutoTokenizer.from_pretrained(run.folder() / "policy")):
+        model, tokenizer, policy = script.load_policy(args)
+        model.load_state_dict(torch.load(out / "checkpoint.pt", weights_only=False)["model"], strict=False)
+        for part in (policy, tokenizer):
             part.save_pretrained(out / "final")
     metrics = real_model.read(out / "metrics.jsonl")
     updates = metrics[1:]
