@@ -222,7 +222,7 @@ def build(run: Run) -> None:
             groups.append(group | {name: [group[name][i] for i in at] for name in ("completions", "rewards")})
     prompts = [{"prompt": group["prompt"]} for group in groups] or real_model.sums()[0]
     folder.mkdir(parents=True, exist_ok=True)
-    toy_world.write_data(folder, "train", prompts, groups)
+    toy_world.write_data(folder, prompts, groups)
 
 def train(run: Run, device: str, out: Path) -> dict:
     script = importlib.import_module(f"humanline_{run.method}")

@@ -4,10 +4,10 @@ SFT on a task that a script can grade, and data sampled from that policy. Under 
     addition   "37+45" -> "82", two-digit numbers; reward 1 where the answer is right (verifiable)
     letters    four letters -> a string of 8 to 16 letters; reward a hidden utility (graded)
 
-build(FOLDER, "letters") leaves FOLDER/policy (the initial policy, a Hugging Face folder) and, for train and test
-(prompts that train does not have): prompts_*.jsonl {prompt, answer}, groups_*.jsonl {prompt, answer, completions,
-rewards}, pairs_*.jsonl {prompt, chosen, rejected} (best and worst of a group) and labels_*.jsonl {prompt,
-completion, label} (above or below the group's mean).
+build(FOLDER, "letters") leaves FOLDER/policy (the initial policy, a Hugging Face folder), prompts_test.jsonl {prompt,
+answer} and, for other prompts: prompts_train.jsonl, groups_train.jsonl {prompt, answer, completions, rewards},
+pairs_train.jsonl {prompt, chosen, rejected} (best and worst of a group) and labels_train.jsonl {prompt, completion,
+label} (above or below the group's mean).
 """
 
 import json
@@ -153,8 +153,8 @@ def teach(model, tokenizer, world: str, rows: list[dict], seed: int) -> None:
 def write_jsonl(path: Path, rows: list[dict]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
-def write_data(folder: Path, split: str, rows: list[dict], groups: list[dict]) -> None:
-    """The same groups as groups, as pairs (best against worst) and as labels (against the mean)."""
+def write_data(folder: Path, rows: list[dict], groups: list[dict]) -> None:
+    """Prompts, and the same groups as groups, as pairs (best against worst) and as labels (against the mean)."""
     pairs, labels = [], []
     for group in groups:
         scored = sorted(zip(group["rewards"], group["completions"]))
@@ -165,7 +165,7 @@ def write_data(folder: Path, split: str, rows: list[dict], groups: list[dict]) -
         labels += [{"prompt": group["prompt"], "completion": text, "label": reward > mean}
                    for reward, text in zip(group["rewards"], group["completions"]) if reward != mean]
     for name, data in (("prompts", rows), ("groups", groups), ("pairs", pairs), ("labels", labels)):
-        write_jsonl(folder / f"{name}_{split}.jsonl", data)
+        write_jsonl(folder / f"{name}_train.jsonl", data)
 
 def build(folder: str | Path, world: str, seed: int = 0, train: int = 1536, test: int = 256, group: int = 8):
     """Make the world in `folder` unless it is there already."""
@@ -176,21 +176,19 @@ def build(folder: str | Path, world: str, seed: int = 0, train: int = 1536, test
     train_rows, test_rows = make_prompts(world, train, test, seed)
     tokenizer = make_tokenizer()
     model = make_model(len(tokenizer), seed)
-    teach(model, tokenizer, world, make_prompts(world, train, test, seed)[0], seed)
+    teach(model, tokenizer, world, train_rows, seed)
     model.eval()
-    for split, rows in (("train", train_rows), ("test", test_rows)):
-        prompts = [row["prompt"] for row in rows for _ in range(group)]
-        texts = sample(model, tokenizer, prompts, MAX_NEW_TOKENS[world], title=f"sampling {split} data")
-        columns = {key: [row[key] for row in rows for _ in range(group)] for key in rows[0] if key != "prompt"}
-        rewards = REWARDS[world](prompts, texts, **columns)
-        groups = [{**row, "completions": texts[i * group : (i + 1) * group], "rewards": rewards[i * group : (i + 1) * group]}
-                  for i, row in enumerate(rows)]
+    prompts = [row["prompt"] for row in train_rows for _ in range(group)]
+    texts = sample(model, tokenizer, prompts, MAX_NEW_TOKENS[world], title="sampling data")
+    columns = {key: [row[key] for row in train_rows for _ in range(group)] for key in train_rows[0] if key != "prompt"}
+    rewards, groups = REWARDS[world](prompts, texts, **columns), []
+    for i, row in enumerate(train_rows):
         # an empty completion is the policy's mistake, and no text to learn from
-        for g in groups:
-            keep = [i for i, text in enumerate(g["completions"]) if text.strip()]
-            g["completions"] = [g["completions"][i] for i in keep]
-            g["rewards"] = [g["rewards"][i] for i in keep]
-        write_data(folder, split, rows, [g for g in groups if len(g["completions"]) > 1])
+        keep = [j for j in range(i * group, (i + 1) * group) if texts[j].strip()]
+        if len(keep) > 1:
+            groups.append(row | {"completions": [texts[j] for j in keep], "rewards": [rewards[j] for j in keep]})
+    write_data(folder, train_rows, groups)
+    write_jsonl(folder / "prompts_test.jsonl", test_rows)
     model.save_pretrained(folder / "policy")
     tokenizer.padding_side = "right"
     tokenizer.save_pretrained(folder / "policy")
