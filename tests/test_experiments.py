@@ -103,10 +103,10 @@ def test_a_broken_line_is_done_again(monkeypatch, tmp_path):
 
 
 def test_intervals_and_verdicts():
-    # mean 2, standard error √2.5 / √5 = 0.7071; t = 2.776
-    assert evidence.interval([0.0, 1.0, 2.0, 3.0, 4.0]) == pytest.approx((2, 0.037, 3.963), abs=1e-3)
+    # mean 1, standard error 1 / √3 = 0.5774; t = 4.303
+    assert evidence.interval([0.0, 1.0, 2.0]) == pytest.approx((1, -1.484, 3.484), abs=1e-3)
     found = [evidence.verdict(x) for x in ((1, 0.1, 2), (-1, -2, -0.1), (1, -0.1, 2))]
-    assert found == ["above 0", "below 0", "holds 0"]
+    assert found == ["above 0", "below 0", "includes 0"]
 
 
 def test_no_rounding_hides_a_sign():

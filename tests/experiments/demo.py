@@ -89,7 +89,7 @@ that was found best for it. For example:
     three = evidence.Page(evidence.finished()).difference(*(evidence.real("dpo", variant=v) for v in ("humanline", "plain")))
     plot(metrics, ["eval_reward_greedy", "eval_reward_sampled", "loss"], OUT / "reward.png")
     print(f"""
-Plain training moved the sentiment by {number(moved["plain"], True)}, humanline by {number(moved["humanline"], True)}; the second less the first: {mean_of(gaps)}.
+Plain training moved the sentiment by {number(moved["plain"], True)}, humanline by {number(moved["humanline"], True)}; the second minus the first: {mean_of(gaps)}.
 This is one seed at one β. Over three seeds, in {evidence.UPDATES["sentiment"]} updates, the difference is {three}.
 README.md has plain at its best β too. A loss near 0.69 is no failure of humanline: its reference follows it.
 Open {(OUT / "reward.png").relative_to(ROOT)} for the reward (the sentiment of 16 held-out prompts) and the loss over updates. Train on your own pairs:

@@ -16,7 +16,8 @@ On the real model a run trains LoRA adapters of rank 16 in UPDATES updates, and 
 draws 4 of the 8 responses to each prompt, the order and the samples of training; SEEDS are reported. The learning rate
 is the best of LADDER on the seed CHOICE: each cell begins with START and goes on while its best rate lacks a neighbour.
 A rate whose KL is above LIMIT is not chosen. At other β plain has a rate of its own; the variants of humanline, its
-other β and other k have the rate of humanline at β = 1. The toys' flags (TOY) were found by climbing such ladders of rate, k and gradient norm, on seeds 10, 11 and 12.
+other β and other k have the rate of humanline at β = 1. The toys' flags (TOY) were found by climbing such ladders of
+rate, k and gradient norm, on seeds 10, 11 and 12.
 
 A finished run is a line of results/evidence.jsonl; tables and figures are made of that file alone. Intervals are 95 %
 t-intervals over seeds, of paired differences where two cells are compared.
@@ -33,30 +34,26 @@ import random
 import shlex
 import shutil
 import statistics
-import sys
 import time
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from pathlib import Path
 from typing import NamedTuple
 
-os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
-HERE = Path(__file__).resolve().parent
-ROOT, RESULTS, FIGURES = HERE.parents[1], HERE / "results", HERE / "figures"
-README, STORE, WORK = ROOT / "README.md", RESULTS / "evidence.jsonl", ROOT / "runs/evidence"
-sys.path[:0] = [str(ROOT), str(HERE)]
-
-import matplotlib  # noqa: E402
+import real_model  # first: it sets the environment and the path
+import matplotlib
 
 matplotlib.use("Agg")
+import common  # noqa: E402
 import matplotlib.pyplot as plt  # noqa: E402
+import memory  # noqa: E402
 import numpy  # noqa: E402
 import torch  # noqa: E402
+import toy_world  # noqa: E402
+from real_model import HERE, ROOT  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-import common  # noqa: E402
-import real_model  # noqa: E402
-import toy_world  # noqa: E402
-
+RESULTS, FIGURES, README = HERE / "results", HERE / "figures", ROOT / "README.md"
+STORE, WORK = RESULTS / "evidence.jsonl", ROOT / "runs/evidence"
 SEEDS, CHOICE = (1, 2, 3), 0
 LADDER, START = ("5e-5", "1e-4", "2e-4", "5e-4", "1e-3", "2e-3", "5e-3", "1e-2"), ("5e-4", "1e-3", "2e-3")
 LIMIT = 30.0  # nats a response of at most 32 tokens: beyond it VADER still likes the words, but they are no sentences
@@ -292,20 +289,20 @@ def do(parts: list[str], device: str, jobs: int) -> dict[Run, dict]:
 
 # --- numbers and tables -------------------------------------------------------------------------------
 
-T_975 = {3: 4.303, 5: 2.776}  # Student's t for so many seeds
+T_975 = 4.303  # Student's t, two degrees of freedom: three seeds
 WORDS = {  # what an interval says of a claim that a difference is above 0, or that there is none
-    ">": {"above 0": "holds", "holds 0": "not shown", "below 0": "**the reverse**"},
-    "=": {"holds 0": "no difference shown", "above 0": "better", "below 0": "**worse**"}}
+    ">": {"above 0": "holds", "includes 0": "not shown", "below 0": "**the reverse**"},
+    "=": {"includes 0": "no difference shown", "above 0": "better", "below 0": "**worse**"}}
 
 def interval(values: list[float]) -> tuple[float, float, float]:
     """(mean, low, high): 95 % t-interval over seeds."""
-    mean, half = statistics.fmean(values), T_975[len(values)] * statistics.stdev(values) / len(values) ** 0.5
+    mean, half = statistics.fmean(values), T_975 * statistics.stdev(values) / len(values) ** 0.5
     return mean, mean - half, mean + half
 
 def verdict(numbers: tuple[float, float, float]) -> str:
     """The one rule for all tables: where the interval of a difference lies."""
     _, low, high = numbers
-    return "above 0" if low > 0 else "below 0" if high < 0 else "holds 0"
+    return "above 0" if low > 0 else "below 0" if high < 0 else "includes 0"
 
 def number(x: float, sign: bool = False) -> str:
     """Two decimals, or as many as show a sign and a digit: 0.0004 is not 0.00."""
@@ -344,12 +341,12 @@ class Page:
         text = bounds(interval(values)) if len(values) > 1 else number(values[0])
         return text + (f" ({statistics.fmean(kl):.1f})" if kl and cell.method != "initial" else "")
 
-    def less(self, a: Run, b: Run) -> tuple | None:
+    def minus(self, a: Run, b: Run) -> tuple | None:
         x, y = self.all(a), self.all(b)
         return interval([p - q for p, q in zip(x, y)]) if x and y else None
 
     def difference(self, a: Run, b: Run) -> str:
-        found = self.less(a, b)
+        found = self.minus(a, b)
         return f"{bounds(found, True)}: {verdict(found)}" if found else MISSING
 
     def plain(self, method: str) -> list[Run]:
@@ -364,18 +361,18 @@ class Page:
         best = {method: self.plain(method)[0] for method in KINDS if self.plain(method)}
         ours = {method: real(method, variant="humanline") for method in KINDS}
         rows = {"initial policy": lambda m: self.cell(INITIAL["sentiment"]),
-                "offline": lambda m: self.cell(real(m)),
-                "offline, at plain's best β": lambda m: f"{self.cell(best[m])}, β = {best[m].beta}" if m in best else "",
+                "offline (plain)": lambda m: self.cell(real(m)),
+                "offline (plain), at its best β": lambda m: f"{self.cell(best[m])}, β = {best[m].beta}" if m in best else "",
                 "offline + humanline": lambda m: self.cell(ours[m]),
                 "online": lambda m: self.cell(real(m, "online")),
-                "humanline less offline": lambda m: self.difference(ours[m], real(m)),
-                "humanline less plain's best β": lambda m: self.difference(ours[m], best[m]) if m in best else "",
-                "humanline less online": lambda m: self.difference(ours[m], real(m, "online"))}
+                "humanline − plain": lambda m: self.difference(ours[m], real(m)),
+                "humanline − plain at its best β": lambda m: self.difference(ours[m], best[m]) if m in best else "",
+                "humanline − online": lambda m: self.difference(ours[m], real(m, "online"))}
         methods = [method for method in KINDS if self.all(ours[method])]
         return markdown(["sentiment (KL)", *map(NAMES.get, methods)], [[name, *map(cell, methods)] for name, cell in rows.items()])
 
     def frontier(self, method: str) -> str:
-        """Humanline's score less plain's at the same KL, which lies on a line between plain's runs of that seed."""
+        """Humanline's score minus plain's at the same KL, which lies on a line between plain's runs of that seed."""
         plain, ours = self.plain(method), real(method, variant="humanline")
         if not plain or not self.all(ours):
             return ""
@@ -392,7 +389,7 @@ class Page:
     def at_equal_kl(self) -> str:
         found = "; ".join(filter(None, map(self.frontier, KINDS)))
         return ("A policy may gain reward by drifting. At equal KL, on a line between plain's runs over β (each at its best rate), humanline's sentiment "
-                f"less plain's is: {found}.") if found else f"Plain at other β, to compare with at equal KL, is {MISSING}."
+                f"minus plain's is: {found}.") if found else f"Plain at other β, to compare with at equal KL, is {MISSING}."
 
 
 DPO = {variant: real("dpo", variant=variant) for variant in VARIANTS}
@@ -416,17 +413,27 @@ def claims(page: Page) -> str:
     rows = []
     for finding, paper, direction, pairs in CLAIMS:
         for name, a, b in pairs:
-            found = page.less(a, b)
+            found = page.minus(a, b)
             if found:
                 rows.append([finding, paper, name, bounds(found, True), WORDS[direction][verdict(found)]])
                 finding = paper = ""
     return markdown(["finding", "the paper", "here", "difference [95 % interval]", "verdict"], rows)
 
-def beta_table(page: Page) -> str:
-    return markdown(["", "plain", "humanline", "humanline less plain"],
-                    [[f"{NAMES[m]}, β = {beta}", page.cell(a), page.cell(b), page.difference(b, a)]
-                     for m in ("dpo", "kto") for beta in BETAS
-                     for a, b in [[real(m, variant=v, beta=beta) for v in ("plain", "humanline")]]])
+def beta_table(page: Page, cell, betas) -> str:
+    """Of cell(method, variant, β): plain, humanline and their difference, DPO's beside KTO's."""
+    head, rows = ["β"], [[beta] for beta in betas]
+    for method in ("dpo", "kto"):
+        head += [f"{NAMES[method]}: plain", "humanline", "humanline − plain"]
+        for row in rows:
+            plain, ours = cell(method, "plain", row[0]), cell(method, "humanline", row[0])
+            row += [page.cell(plain), page.cell(ours), page.difference(ours, plain)]
+    return markdown(head, rows)
+
+def parts_table(page: Page) -> str:
+    rows = [[f"humanline, k = {k}", *(page.cell(real(m, variant="humanline", k=k)) for m in ("dpo", "grpo"))] for k in KS]
+    rows += [[f"{name}, k = {cell.k}" if cell.k else name, page.cell(cell), ""] for name, cell in DPO.items()
+             if name not in ("plain", "humanline")]
+    return markdown(["", "DPO", "GRPO"], rows)
 
 def toy_tables(page: Page) -> str:
     cells = {cell[:5]: Run(*cell) for cell in TOY}  # of letters: there a cell has one k
@@ -434,15 +441,14 @@ def toy_tables(page: Page) -> str:
     main = [[name, *(page.cell(cells["letters", m, source, variant, "0" if m == "grpo" else "3"]) for m in KINDS)]
             for name, source, variant in (("offline", "offline", "plain"), ("offline + humanline", "offline", "humanline"),
                                           ("online", "online", "plain"))]
-    beta = [[f"{NAMES[m]}, β = {b}", page.cell(x), page.cell(y), page.difference(y, x)] for m in ("dpo", "kto")
-            for b in TOY_BETAS for x, y in [[cells["letters", m, "offline", v, b] for v in ("plain", "humanline")]]]
+    beta = beta_table(page, lambda m, variant, b: cells["letters", m, "offline", variant, b], TOY_BETAS)
     k = [["online", page.cell(sums["online", ""]), ""],
          ["every 64 updates, plain", page.cell(sums["every 64", ""]), ""]]
     k += [[f"every 64 updates, k = {x}", page.cell(sums["every 64", x]),
            page.difference(sums["every 64", x], sums["every 64", ""])] for x in TOY_KS]
     tables = {"Letters, win rate, β = 3 (β·T = 40) for DPO and KTO:": markdown(["", *NAMES.values()], main),
-              "Letters, win rate, over β:": markdown(["", "plain", "humanline", "humanline less plain"], beta),
-              "Addition, GRPO, greedy accuracy, over k:": markdown(["", "accuracy", "less plain's"], k)}
+              "Letters, win rate, over β:": beta,
+              "Addition, GRPO, greedy accuracy, over k:": markdown(["", "accuracy", "− plain"], k)}
     return "\n\n".join(f"{title}\n\n{table}" for title, table in tables.items() if table)
 
 def rates_table(page: Page) -> str:
@@ -484,17 +490,15 @@ def results_page(page: Page) -> str:
     runs = [result for run, result in page.results.items() if run.method != "initial"]
     machines = ", ".join(sorted({f"{x['machine']}, torch {x['torch']}" for x in runs}))
     start = page.results.get(INITIAL["sums"], {"score": 0.0})["score"]
-    synced = [[v, page.cell(DPO[v])] for v in ("humanline", "synced only", "clipped only", "humanline sampling")]
-    k = [[k, *(page.cell(real(m, variant="humanline", k=k)) for m in ("dpo", "grpo"))] for k in KS]
     sections = [
         ("## A language model", f"""SmolLM2-135M-Instruct writes a sentence about a thing; the reward is VADER's sentiment, from −1 to 1.
 {UPDATES["sentiment"]} updates of {BATCH["sentiment", "dpo"]} pairs, or {BATCH["sentiment", "kto"]} labels or responses, train LoRA adapters of rank 16. The fixed data are the initial
 policy's own responses. A cell is the sentiment of responses to 100 held-out prompts, each asked twice at temperature 1, and
 in parentheses the KL to the initial policy, nats a response. β = 1 for DPO and KTO; k = {K["dpo"]}, for GRPO {K["grpo"]}.""", page.first_table()),
         ("![sentiment over KL](../figures/frontier.png)", page.at_equal_kl(), claims(page)),
-        ("### β", "Plain has its best rate at each β, humanline at each that of β = 1.", beta_table(page)),
-        ("### The parts of the method", "DPO at β = 1, all at humanline's rate; all but \"clipped only\" at its k.", markdown(["", "sentiment (KL)"], synced)),
-        ("### k", f"Humanline at other k, at the rate of k = {K['dpo']} (GRPO: {K['grpo']}).", markdown(["k", "DPO", "GRPO"], k)),
+        ("### β", "Plain has its best rate at each β, humanline at each that of β = 1.",
+         beta_table(page, lambda method, variant, beta: real(method, variant=variant, beta=beta), BETAS)),
+        ("### k, and the parts of the method", f"All at the rate of humanline with k = {K['dpo']} (GRPO: {K['grpo']}); DPO at β = 1.", parts_table(page)),
         ("### Sums", f"""*What is 27 + 82?*: GRPO, {UPDATES["sums"]} updates, 24 tokens, `math_reward`, 100 held-out sums, each asked twice. The initial
 policy is right in {number(start)}.""", markdown(["", "right (KL)"], [[name, page.cell(SUMS[of])] for name, of in (
             ("sampled every update (online)", "online"), ("every 16 updates, plain", "plain"),
@@ -509,7 +513,7 @@ ends when all responses to each prompt are alike; the policy of its last update 
     return "\n\n".join([f"""# Results
 
 `./run.sh reproduce` makes this page, Theory apart: {len(runs)} runs, {sum(x["wall"] for x in runs) / 3600:.1f} hours of processes. {machines}.
-Seeds {", ".join(map(str, SEEDS))}. Intervals are 95 % t-intervals over the seeds, and for three seeds they are wide. Where one holds 0,
+Seeds {", ".join(map(str, SEEDS))}. Intervals are 95 % t-intervals over the seeds, and for three seeds they are wide. Where one includes 0,
 no difference is shown, which is no proof that there is none.""", *(f"Parts that are not run yet, or not in full: {', '.join(missing)}." for _ in missing[:1]),
         *(text for section in sections if section[2] for text in section if text)]) + "\n"
 
@@ -527,13 +531,13 @@ def bench_table() -> str:
 
 def fill(text: str, page: Page) -> str:
     """README.md with each table after its marker, to the next blank line."""
-    import memory
-
     added = page.difference(DPO["humanline"], DPO["synced only"])
     same = [(beta, page.difference(*(real("dpo", variant=v, beta=beta) for v in ("humanline", "plain")))) for beta in BETAS]
-    limits = page.at_equal_kl() + " At the same β, DPO with humanline less plain: "
+    limits = page.at_equal_kl() + " At the same β, DPO with humanline minus plain: "
     limits += "; ".join(f"β = {beta} {found}" for beta, found in same)
-    limits += f". Syncing without clipping, DPO: {page.cell(DPO['synced only'])}; what clipping adds to it: {added}."
+    limits += f". Syncing without clipping, DPO: {page.cell(DPO['synced only'])}; what clipping adds to it: {added}. "
+    beyond = 1 - statistics.fmean(page.all(DPO["humanline"], "unclipped") or [1])
+    limits += f"Only {beyond:.2%} of the tokens lie beyond the bounds there.".replace("%", " %")
     tables = {"first": page.first_table(), "limits": limits, "sentences": sentences(page, 2),
               "memory": memory.memory_table(), "bench": bench_table()}
     for name, table in tables.items():
@@ -544,13 +548,8 @@ def fill(text: str, page: Page) -> str:
 
 # --- figures, the demo --------------------------------------------------------------------------------
 
-LOOKS = {"initial": ("#000000", "*"), "plain": ("#D55E00", "s"), "humanline": ("#0072B2", "o"), "online": ("#009E73", "^"),
+LOOKS = {"plain": ("#D55E00", "s"), "humanline": ("#0072B2", "o"), "online": ("#009E73", "^"),
          "synced only": ("#56B4E9", "D"), "clipped only": ("#E69F00", "v"), "humanline sampling": ("#CC79A7", "P")}
-
-def finish(figure, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
 
 def draw_frontier(page: Page) -> None:
     """Sentiment over KL, a point for each reported run, as in the DPO paper's figure 2."""
@@ -569,7 +568,8 @@ def draw_frontier(page: Page) -> None:
         axes.legend(fontsize=7)
     figure.supxlabel("KL to the initial policy, nats a response", fontsize=10)
     figure.supylabel("sentiment of held-out responses", fontsize=10)
-    finish(figure, FIGURES / "frontier.png")
+    figure.tight_layout()
+    figure.savefig(FIGURES / "frontier.png", dpi=150)
 
 
 # --- main ---------------------------------------------------------------------------------------------
