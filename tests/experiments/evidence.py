@@ -31,6 +31,7 @@ import multiprocessing
 import os
 import platform
 import random
+import re
 import shlex
 import shutil
 import statistics
@@ -52,7 +53,8 @@ import toy_world  # noqa: E402
 from real_model import HERE, ROOT  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-RESULTS, FIGURES, README = HERE / "results", HERE / "figures", ROOT / "README.md"
+RESULTS, FIGURES = HERE / "results", HERE / "figures"
+PAGES = ROOT / "README.md", RESULTS / "README.md"
 STORE, WORK = RESULTS / "evidence.jsonl", ROOT / "runs/evidence"
 SEEDS, CHOICE = (1, 2, 3), 0
 LADDER, START = ("5e-5", "1e-4", "2e-4", "5e-4", "1e-3", "2e-3", "5e-3", "1e-2"), ("5e-4", "1e-3", "2e-3")
@@ -362,14 +364,16 @@ class Page:
         ours = {method: real(method, variant="humanline") for method in KINDS}
         rows = {"initial policy": lambda m: self.cell(INITIAL["sentiment"]),
                 "offline (plain)": lambda m: self.cell(real(m)),
-                "offline (plain), at its best β": lambda m: f"{self.cell(best[m])}, β = {best[m].beta}" if m in best else "",
+                "offline (plain), at its best β":
+                    lambda m: f"{self.cell(best[m])}, β = {best[m].beta}" if m in best else "",
                 "offline + humanline": lambda m: self.cell(ours[m]),
                 "online": lambda m: self.cell(real(m, "online")),
                 "humanline − plain": lambda m: self.difference(ours[m], real(m)),
                 "humanline − plain at its best β": lambda m: self.difference(ours[m], best[m]) if m in best else "",
                 "humanline − online": lambda m: self.difference(ours[m], real(m, "online"))}
         methods = [method for method in KINDS if self.all(ours[method])]
-        return markdown(["sentiment (KL)", *map(NAMES.get, methods)], [[name, *map(cell, methods)] for name, cell in rows.items()])
+        return markdown(["sentiment (KL)", *map(NAMES.get, methods)],
+                        [[name, *map(cell, methods)] for name, cell in rows.items()])
 
     def frontier(self, method: str) -> str:
         """Humanline's score minus plain's at the same KL, which lies on a line between plain's runs of that seed."""
@@ -383,13 +387,13 @@ class Page:
             beyond += kl > points[-1][0]
             gaps.append(score - float(numpy.interp(kl, *zip(*points))))
         found = interval(gaps)
-        more = f" (in {beyond} of {len(SEEDS)} seeds no plain run has so large a KL; these are compared with the largest)" if beyond else ""
-        return f"{NAMES[method]} {bounds(found, True)}: {verdict(found)}{more}"
+        more = f" (in {beyond} of {len(SEEDS)} seeds no plain run has so large a KL; these are compared with the largest)"
+        return f"{NAMES[method]} {bounds(found, True)}: {verdict(found)}{more if beyond else ''}"
 
     def at_equal_kl(self) -> str:
-        found = "; ".join(filter(None, map(self.frontier, KINDS)))
-        return ("A policy may gain reward by drifting. At equal KL, on a line between plain's runs over β (each at its best rate), humanline's sentiment "
-                f"minus plain's is: {found}.") if found else f"Plain at other β, to compare with at equal KL, is {MISSING}."
+        found = "; ".join(filter(None, map(self.frontier, KINDS))) or MISSING
+        return ("A policy may gain reward by drifting. At equal KL, on a line between plain's runs over β (each at its best "
+                f"rate), humanline's sentiment minus plain's is: {found}.")
 
 
 DPO = {variant: real("dpo", variant=variant) for variant in VARIANTS}
@@ -402,10 +406,14 @@ CLAIMS = [  # the finding, the paper's figure, what is claimed of the difference
      [(NAMES[m], real(m, variant="humanline"), real(m, "online")) for m in KINDS]),
     ("Without syncing it is plain (clipped only − plain at its own rate).", "falls back to offline", "=",
      [("DPO", DPO["clipped only"], DPO["plain"])]),
-    ("Syncing alone is not enough (both − synced only).", "not enough", ">", [("DPO", DPO["humanline"], DPO["synced only"])]),
-    ("Humanline sampling is as good as clipping.", "as good", "=", [("DPO", DPO["humanline sampling"], DPO["humanline"])]),
-    ("k = 4 loses nothing against k = 1.", "nothing", "=", [("DPO", real("dpo", variant="humanline", k="4"), DPO["humanline"])]),
-    ("Sampled every 16 updates, humanline beats plain.", "significantly", ">", [("GRPO, sums", SUMS["humanline"], SUMS["plain"])]),
+    ("Syncing alone is not enough (both − synced only).", "not enough", ">",
+     [("DPO", DPO["humanline"], DPO["synced only"])]),
+    ("Humanline sampling is as good as clipping.", "as good", "=",
+     [("DPO", DPO["humanline sampling"], DPO["humanline"])]),
+    ("k = 4 loses nothing against k = 1.", "nothing", "=",
+     [("DPO", real("dpo", variant="humanline", k="4"), DPO["humanline"])]),
+    ("Sampled every 16 updates, humanline beats plain.", "significantly", ">",
+     [("GRPO, sums", SUMS["humanline"], SUMS["plain"])]),
     ("Sampling 16 times less often costs humanline nothing.", "as good as online", "=",
      [("GRPO, sums", SUMS["humanline"], SUMS["online"])])]
 
@@ -430,26 +438,31 @@ def beta_table(page: Page, cell, betas) -> str:
     return markdown(head, rows)
 
 def parts_table(page: Page) -> str:
-    rows = [[f"humanline, k = {k}", *(page.cell(real(m, variant="humanline", k=k)) for m in ("dpo", "grpo"))] for k in KS]
+    rows = [[f"humanline, k = {k}", *(page.cell(real(m, variant="humanline", k=k)) for m in ("dpo", "grpo"))]
+            for k in KS]
     rows += [[f"{name}, k = {cell.k}" if cell.k else name, page.cell(cell), ""] for name, cell in DPO.items()
              if name not in ("plain", "humanline")]
     return markdown(["", "DPO", "GRPO"], rows)
 
-def toy_tables(page: Page) -> str:
-    cells = {cell[:5]: Run(*cell) for cell in TOY}  # of letters: there a cell has one k
-    sums = {cell[2:6:3]: Run(*cell) for cell in TOY if cell[0] == "addition"}  # by source and k
-    main = [[name, *(page.cell(cells["letters", m, source, variant, "0" if m == "grpo" else "3"]) for m in KINDS)]
-            for name, source, variant in (("offline", "offline", "plain"), ("offline + humanline", "offline", "humanline"),
-                                          ("online", "online", "plain"))]
-    beta = beta_table(page, lambda m, variant, b: cells["letters", m, "offline", variant, b], TOY_BETAS)
-    k = [["online", page.cell(sums["online", ""]), ""],
-         ["every 64 updates, plain", page.cell(sums["every 64", ""]), ""]]
-    k += [[f"every 64 updates, k = {x}", page.cell(sums["every 64", x]),
-           page.difference(sums["every 64", x], sums["every 64", ""])] for x in TOY_KS]
-    tables = {"Letters, win rate, β = 3 (β·T = 40) for DPO and KTO:": markdown(["", *NAMES.values()], main),
-              "Letters, win rate, over β:": beta,
-              "Addition, GRPO, greedy accuracy, over k:": markdown(["", "accuracy", "− plain"], k)}
-    return "\n\n".join(f"{title}\n\n{table}" for title, table in tables.items() if table)
+def letters(method: str, variant: str, beta: str, source="offline") -> Run:
+    """There a cell has one k."""
+    return next(Run(*cell) for cell in TOY if cell[:5] == ("letters", method, source, variant, beta))
+
+def letters_table(page: Page) -> str:
+    rows = {"offline (plain)": ("offline", "plain"), "offline + humanline": ("offline", "humanline"),
+            "online": ("online", "plain")}
+    return markdown(["", *NAMES.values()],
+                    [[name, *(page.cell(letters(m, variant, "0" if m == "grpo" else "3", source)) for m in KINDS)]
+                     for name, (source, variant) in rows.items()])
+
+def addition_table(page: Page) -> str:
+    cells = {cell[2:6:3]: Run(*cell) for cell in TOY if cell[0] == "addition"}  # by source and k
+    plain = cells["every 64", ""]
+    rows = [["online", page.cell(cells["online", ""]), ""], ["every 64 updates, plain", page.cell(plain), ""]]
+    for k in TOY_KS:
+        ours = cells["every 64", k]
+        rows.append([f"every 64 updates, k = {k}", page.cell(ours), page.difference(ours, plain)])
+    return markdown(["", "accuracy", "− plain"], rows)
 
 def rates_table(page: Page) -> str:
     cells = dict.fromkeys(tuned(cell) for part in PARTS if part != "toy" for cell in PARTS[part])
@@ -476,46 +489,15 @@ def theory() -> str:
     betas, perceived = found["theorem_4_3"]["gamma_P, gamma_R, beta_P, beta_R = (0.5, 0.01, 1.0, 1.0)"], found["perceived"]
     away = {name: perceived[name]["mean_abs_difference"] for name in found["mean_utility"]}
     order = ", ".join(f"{name.replace('-', ' ')} {away[name]:.2f}" for name in sorted(away, key=away.get))
-    return f"""`.venv/bin/python tests/experiments/theory.py` makes this section, with seed {found["seed"]}, in a minute. Theorem 4.3 says that humanline sampling becomes clipping as its Betas concentrate: the share of tokens on which they
-differ falls as c to the power of −0.5. Here it is {number(betas["slope"])} at the paper's Betas; at c = 1 the share is {betas["share"][0]:.2f}.
+    return (f"The power is {number(betas['slope'])} at the paper's Betas; at c = 1 the share is {betas['share'][0]:.2f}. "
+            f"The mean distances to the human curve are: {order}.")
 
-![sampling becomes clipping](../figures/theorem_4_3.png)
-
-In the paper's figure 2 online samples lie nearest to the human curve. Here, with a toy policy and γ = {perceived["gamma"]},
-the mean distances are: {order}.
-
-![perceived distributions](../figures/perceived.png)"""
-
-def results_page(page: Page) -> str:
-    runs = [result for run, result in page.results.items() if run.method != "initial"]
-    machines = ", ".join(sorted({f"{x['machine']}, torch {x['torch']}" for x in runs}))
-    start = page.results.get(INITIAL["sums"], {"score": 0.0})["score"]
-    sections = [
-        ("## A language model", f"""SmolLM2-135M-Instruct writes a sentence about a thing; the reward is VADER's sentiment, from −1 to 1.
-{UPDATES["sentiment"]} updates of {BATCH["sentiment", "dpo"]} pairs, or {BATCH["sentiment", "kto"]} labels or responses, train LoRA adapters of rank 16. The fixed data are the initial
-policy's own responses. A cell is the sentiment of responses to 100 held-out prompts, each asked twice at temperature 1, and
-in parentheses the KL to the initial policy, nats a response. β = 1 for DPO and KTO; k = {K["dpo"]}, for GRPO {K["grpo"]}.""", page.first_table()),
-        ("![sentiment over KL](../figures/frontier.png)", page.at_equal_kl(), claims(page)),
-        ("### β", "Plain has its best rate at each β, humanline at each that of β = 1.",
-         beta_table(page, lambda method, variant, beta: real(method, variant=variant, beta=beta), BETAS)),
-        ("### k, and the parts of the method", f"All at the rate of humanline with k = {K['dpo']} (GRPO: {K['grpo']}); DPO at β = 1.", parts_table(page)),
-        ("### Sums", f"""*What is 27 + 82?*: GRPO, {UPDATES["sums"]} updates, 24 tokens, `math_reward`, 100 held-out sums, each asked twice. The initial
-policy is right in {number(start)}.""", markdown(["", "right (KL)"], [[name, page.cell(SUMS[of])] for name, of in (
-            ("sampled every update (online)", "online"), ("every 16 updates, plain", "plain"),
-            ("every 16 updates, humanline", "humanline"))])),
-        ("### How the rates were chosen", f"The best on seed {CHOICE}, which no other table uses. A rate is not chosen where the KL is above {LIMIT:.0f} nats, about one a token:\nthere VADER still likes the words, but they are no sentences. The KL is in parentheses.", rates_table(page)),
-        ("## Two toys", """A policy of 280 thousand parameters, for what the real model cannot show in minutes. `evidence.py` has the flags of these
-cells. In letters it writes strings of letters, whose hidden utility is graded by the win rate against the initial policy (½
-for a tie); in addition sums, from samples drawn anew at each update (online) or every 64 updates. The flags were found by climbing ladders of rate, k and gradient norm on seeds 10, 11 and 12. An online run of DPO or KTO
-ends when all responses to each prompt are alike; the policy of its last update is graded.""", toy_tables(page)),
-        ("## Theory", "", theory())]
+def runs(page: Page) -> str:
+    found = [result for run, result in page.results.items() if run.method != "initial"]
+    machines = ", ".join(sorted({f"{x['machine']}, torch {x['torch']}" for x in found}))
     missing = [part for part, cells in PARTS.items() if not all(map(page.all, cells))]
-    return "\n\n".join([f"""# Results
-
-`./run.sh reproduce` makes this page, Theory apart: {len(runs)} runs, {sum(x["wall"] for x in runs) / 3600:.1f} hours of processes. {machines}.
-Seeds {", ".join(map(str, SEEDS))}. Intervals are 95 % t-intervals over the seeds, and for three seeds they are wide. Where one includes 0,
-no difference is shown, which is no proof that there is none.""", *(f"Parts that are not run yet, or not in full: {', '.join(missing)}." for _ in missing[:1]),
-        *(text for section in sections if section[2] for text in section if text)]) + "\n"
+    return (f"There are {len(found)} runs, which took {sum(x['wall'] for x in found) / 3600:.1f} hours of processes on {machines}."
+            + (f" Parts not run, or not in full: {', '.join(missing)}." if missing else ""))
 
 def bench_table() -> str:
     table, rows = json.loads((RESULTS / "bench_cpu.json").read_text()), []
@@ -529,21 +511,30 @@ def bench_table() -> str:
     return markdown(["", "tokens/s", "peak memory", "TRL's fastest (per-device batch): tokens/s", "ours over it",
                      "TRL's lightest (batch)", "ours over it", "share of the floor", "padding"], rows)
 
-def fill(text: str, page: Page) -> str:
-    """README.md with each table after its marker, to the next blank line."""
+def limits(page: Page) -> str:
+    """What limits the claim of the first table."""
     added = page.difference(DPO["humanline"], DPO["synced only"])
-    same = [(beta, page.difference(*(real("dpo", variant=v, beta=beta) for v in ("humanline", "plain")))) for beta in BETAS]
-    limits = page.at_equal_kl() + " At the same β, DPO with humanline minus plain: "
-    limits += "; ".join(f"β = {beta} {found}" for beta, found in same)
-    limits += f". Syncing without clipping, DPO: {page.cell(DPO['synced only'])}; what clipping adds to it: {added}. "
     beyond = 1 - statistics.fmean(page.all(DPO["humanline"], "unclipped") or [1])
-    limits += f"Only {beyond:.2%} of the tokens lie beyond the bounds there.".replace("%", " %")
-    tables = {"first": page.first_table(), "limits": limits, "sentences": sentences(page, 2),
-              "memory": memory.memory_table(), "bench": bench_table()}
-    for name, table in tables.items():
-        before, marker, rest = text.partition(f"<!-- {name} -->\n")
-        text = before + marker + table + "\n\n" + rest.partition("\n\n")[2]
-    return text
+    text = page.at_equal_kl() + " At the same β, DPO with humanline minus plain: "
+    text += "; ".join(f"β = {beta} {page.difference(real('dpo', variant='humanline', beta=beta), real('dpo', beta=beta))}"
+                      for beta in BETAS)
+    text += f". Syncing without clipping, DPO: {page.cell(DPO['synced only'])}; what clipping adds to it: {added}. "
+    return text + f"Only {beyond:.2%} of the tokens lie beyond the bounds there.".replace("%", " %")
+
+def tables(page: Page) -> dict[str, str]:
+    """What stands after each marker of README.md and results/README.md."""
+    sums = {"initial policy": INITIAL["sums"], "sampled every update (online)": SUMS["online"],
+            "every 16 updates, plain": SUMS["plain"], "every 16 updates, humanline": SUMS["humanline"]}
+    return {"first": page.first_table(), "limits": limits(page), "sentences": sentences(page, 2), "claims": claims(page),
+            "beta": beta_table(page, lambda method, variant, beta: real(method, variant=variant, beta=beta), BETAS),
+            "parts": parts_table(page), "rates": rates_table(page), "runs": runs(page), "theory": theory(),
+            "sums": markdown(["", "right (KL)"], [[name, page.cell(cell)] for name, cell in sums.items()]),
+            "letters": letters_table(page), "letters_beta": beta_table(page, letters, TOY_BETAS),
+            "addition": addition_table(page), "memory": memory.memory_table(), "bench": bench_table()}
+
+def fill(text: str, found: dict[str, str]) -> str:
+    """A page with the table of each marker after it, in place of the lines there."""
+    return re.sub(r"(<!-- (\w+) -->\n+)(?:.+\n)*", lambda m: f"{m[1]}{found[m[2]] or MISSING}\n", text)
 
 
 # --- figures, the demo --------------------------------------------------------------------------------
@@ -588,11 +579,11 @@ def main() -> None:
         real_model.make_model()
         do(args.only, args.device, args.jobs)
     page = Page(finished())
-    (RESULTS / "README.md").write_text(results_page(page), encoding="utf-8")
-    README.write_text(fill(README.read_text(encoding="utf-8"), page), encoding="utf-8")
+    for path in PAGES:
+        path.write_text(fill(path.read_text(encoding="utf-8"), tables(page)), encoding="utf-8")
     if INITIAL["sentiment"] in page.results:
         draw_frontier(page)
-    print(f"\nthe page is {RESULTS / 'README.md'}, the figure {FIGURES / 'frontier.png'}")
+    print(f"\nthe page is {PAGES[1]}, the figure {FIGURES / 'frontier.png'}")
 
 
 if __name__ == "__main__":
