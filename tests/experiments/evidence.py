@@ -379,7 +379,7 @@ class Page:
         """Humanline's score minus plain's at the same KL, which lies on a line between plain's runs of that seed."""
         plain, ours = self.plain(method), real(method, variant="humanline")
         if not plain or not self.all(ours):
-            return ""
+            return f"{NAMES[method]} {MISSING}"
         start = self.results[INITIAL["sentiment"]]["score"]
         gaps, beyond = [], 0
         for i, (kl, score) in enumerate(zip(self.all(ours, "kl"), self.all(ours))):
@@ -391,7 +391,7 @@ class Page:
         return f"{NAMES[method]} {bounds(found, True)}: {verdict(found)}{more if beyond else ''}"
 
     def at_equal_kl(self) -> str:
-        found = "; ".join(filter(None, map(self.frontier, KINDS))) or MISSING
+        found = "; ".join(map(self.frontier, ("dpo", "kto")))
         return ("A policy may gain reward by drifting. At equal KL, on a line between plain's runs over β (each at its best "
                 f"rate), humanline's sentiment minus plain's is: {found}.")
 
