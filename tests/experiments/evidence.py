@@ -390,11 +390,6 @@ class Page:
         more = f" (in {beyond} of {len(SEEDS)} seeds no plain run has so large a KL; these are compared with the largest)"
         return f"{NAMES[method]} {bounds(found, True)}: {verdict(found)}{more if beyond else ''}"
 
-    def at_equal_kl(self) -> str:
-        found = "; ".join(map(self.frontier, ("dpo", "kto")))
-        return ("A policy may gain reward by drifting. At equal KL, on a line between plain's runs over β (each at its best "
-                f"rate), humanline's sentiment minus plain's is: {found}.")
-
 
 DPO = {variant: real("dpo", variant=variant) for variant in VARIANTS}
 SUMS = dict(zip(("online", "plain", "humanline"), PARTS["sums"]))
@@ -513,13 +508,12 @@ def bench_table() -> str:
 
 def limits(page: Page) -> str:
     """What limits the claim of the first table."""
-    added = page.difference(DPO["humanline"], DPO["synced only"])
-    beyond = 1 - statistics.fmean(page.all(DPO["humanline"], "unclipped") or [1])
-    text = page.at_equal_kl() + " At the same β, DPO with humanline minus plain: "
-    text += "; ".join(f"β = {beta} {page.difference(real('dpo', variant='humanline', beta=beta), real('dpo', beta=beta))}"
-                      for beta in BETAS)
-    text += f". Syncing without clipping, DPO: {page.cell(DPO['synced only'])}; what clipping adds to it: {added}. "
-    return text + f"Only {beyond:.2%} of the tokens lie beyond the bounds there.".replace("%", " %")
+    same = [f"{page.difference(real('dpo', variant='humanline', beta=beta), real('dpo', beta=beta))} (β = {beta})"
+            for beta in BETAS]
+    beyond = f"{1 - statistics.fmean(page.all(DPO['humanline'], 'unclipped') or [1]):.2%}".replace("%", " %")
+    return f"""* **Drift.** A policy may gain reward by moving far away. At equal KL, on a line between plain's runs over β, each at its best rate, humanline's sentiment minus plain's is: {"; ".join(map(page.frontier, ("dpo", "kto")))}.
+* **β.** At the same β, DPO with humanline minus plain is: {"; ".join(same)}.
+* **Clipping.** DPO that is synced and not clipped has {page.cell(DPO["synced only"])}, and clipping adds {page.difference(DPO["humanline"], DPO["synced only"])}. Only {beyond} of the tokens lie beyond the bounds there."""
 
 def tables(page: Page) -> dict[str, str]:
     """What stands after each marker of README.md and results/README.md."""
