@@ -162,8 +162,8 @@ def best_rate(runs: dict[str, dict]) -> str:
     return max(runs, key=lambda lr: (runs[lr]["kl"] <= LIMIT, runs[lr]["score"]))
 
 def untried(runs: dict[str, dict]) -> list[str]:
-    """The rates to try next: none where the best has both neighbours."""
-    if not set(START) <= set(runs):
+    """The rates to try next: none where the best of three or more has both neighbours."""
+    if len(runs) < len(START):
         return [lr for lr in START if lr not in runs]
     at = LADDER.index(best_rate(runs))
     return [lr for lr in LADDER[max(0, at - 1) : at + 2] if lr not in runs]
