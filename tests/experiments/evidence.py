@@ -569,6 +569,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.again:
         STORE.unlink(missing_ok=True)
+        shutil.rmtree(WORK, ignore_errors=True)
     if not args.pages:
         real_model.make_model()
         do(args.only, args.device, args.jobs)
