@@ -145,7 +145,7 @@ def test_the_best_beta_of_plain_is_chosen_on_the_seed_that_is_not_reported(page)
 def test_differences_are_paired(page):
     """0.3 in each seed but for rounding: no spread."""
     assert page.difference(real("dpo", variant="humanline"), real("dpo")) == "+0.30 [+0.30, +0.30]: above 0"
-    assert page.difference(real("kto"), real("dpo")) == "not run yet" == page.cell(real("kto"))
+    assert page.difference(real("kto"), real("dpo")) == "not run" == page.cell(real("kto"))
     assert page.cell(real("dpo")).endswith("(1.0)") and page.cell(evidence.INITIAL["sentiment"]) == "0.00"
 
 
@@ -168,7 +168,7 @@ def test_the_pages_have_the_numbers_of_the_results():
 
 def test_a_table_takes_the_place_of_the_one_before():
     text = "words <!-- a -->\n\nold\nlines\n\n<!-- b -->\nold\n\nmore\n"
-    assert evidence.fill(text, {"a": "new", "b": ""}) == "words <!-- a -->\n\nnew\n\n<!-- b -->\nnot run yet\n\nmore\n"
+    assert evidence.fill(text, {"a": "new", "b": ""}) == "words <!-- a -->\n\nnew\n\n<!-- b -->\nnot run\n\nmore\n"
 
 
 # --- evidence and demo on a tiny policy; the real model -----------------------------------------------

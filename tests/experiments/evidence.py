@@ -315,7 +315,7 @@ def bounds(numbers: tuple, sign: bool = False) -> str:
     mean, low, high = (number(x, sign) for x in numbers)
     return f"{mean} [{low}, {high}]"
 
-MISSING = "not run yet"
+MISSING = "not run"
 
 def markdown(head: list[str], rows: list[list[str]]) -> str:
     """A table, without the rows and the columns of which nothing has been run."""
