@@ -22,7 +22,7 @@ import common
 import humanline_dpo
 
 STARTED = time.perf_counter()
-OUT, UPDATES, PROMPTS, SHOWN = ROOT / "runs/demo", 14, 64, 5
+OUT, UPDATES, PROMPTS, SHOWN = ROOT / "runs/demo", 12, 64, 5
 RATES = {"plain": "2e-3", "humanline": "1e-3"}  # of each the best in evidence.py, in 24 updates
 LINES = {"initial": "initial policy", "plain": "plain", "humanline": "humanline"}
 
