@@ -61,7 +61,7 @@ def main() -> None:
 people have rated, scores how positive each is, from −1 to 1. Of each four the best is "chosen" and the worst
 "rejected". On these pairs DPO now trains LoRA adapters, for {UPDATES} updates of 8 pairs, with β = 1: first plain, then with
 humanline (the log-ratio of each token clipped to ±1.5, the reference synced at each update), each at the learning rate
-that was found best for it. For example:
+that was best in longer runs. For example:
 
   prompt    {pairs[0]["prompt"]}
   chosen    {" ".join(pairs[0]["chosen"].split())}

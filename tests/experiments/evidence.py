@@ -369,7 +369,7 @@ class Page:
                 "offline + humanline": lambda m: self.cell(ours[m]),
                 "online": lambda m: self.cell(real(m, "online")),
                 "humanline − plain": lambda m: self.difference(ours[m], real(m)),
-                "humanline − plain at its best β": lambda m: self.difference(ours[m], best[m]) if m in best else "",
+                "humanline at β = 1 − plain at its best β": lambda m: self.difference(ours[m], best[m]) if m in best else "",
                 "humanline − online": lambda m: self.difference(ours[m], real(m, "online"))}
         methods = [method for method in KINDS if self.all(ours[method])]
         return markdown(["sentiment (KL)", *map(NAMES.get, methods)],
@@ -485,7 +485,7 @@ def theory() -> str:
     away = {name: perceived[name]["mean_abs_difference"] for name in found["mean_utility"]}
     order = ", ".join(f"{name.replace('-', ' ')} {away[name]:.2f}" for name in sorted(away, key=away.get))
     return (f"The power is {number(betas['slope'])} at the paper's Betas; at c = 1 the share is {betas['share'][0]:.2f}. "
-            f"The mean distances to the human curve are: {order}.")
+            f"The mean distances to the human curve, the nearest first: {order}.")
 
 def runs(page: Page) -> str:
     found = [result for run, result in page.results.items() if run.method != "initial"]
@@ -511,9 +511,9 @@ def limits(page: Page) -> str:
     same = [f"{page.difference(real('dpo', variant='humanline', beta=beta), real('dpo', beta=beta))} (β = {beta})"
             for beta in BETAS]
     beyond = f"{1 - statistics.fmean(page.all(DPO['humanline'], 'unclipped') or [1]):.2%}".replace("%", " %")
-    return f"""* **Drift.** A policy may gain reward by moving far away. At equal KL, on a line between plain's runs over β, each at its best rate, humanline's sentiment minus plain's is: {"; ".join(map(page.frontier, ("dpo", "kto")))}.
+    return f"""* **Drift.** A policy may gain reward by moving far away. At equal KL, on a line between plain's runs over β, each at its best rate, the sentiment of humanline at β = 1 minus plain's is: {"; ".join(map(page.frontier, ("dpo", "kto")))}.
 * **β.** At the same β, DPO with humanline minus plain is: {"; ".join(same)}.
-* **Clipping.** DPO that is synced and not clipped has {page.cell(DPO["synced only"])}, and clipping adds {page.difference(DPO["humanline"], DPO["synced only"])}. Only {beyond} of the tokens lie beyond the bounds there."""
+* **Clipping.** DPO that is synced and not clipped has {page.cell(DPO["synced only"])}, and clipping adds {page.difference(DPO["humanline"], DPO["synced only"])}. Only {beyond} of the tokens of the humanline runs lie beyond the bounds."""
 
 def tables(page: Page) -> dict[str, str]:
     """What stands after each marker of README.md and results/README.md."""

@@ -1,4 +1,4 @@
-"""Tiny real worlds for the tests and two tables: a tokenizer with a chat template, a small Llama taught by
+"""Tiny real worlds for the tests and three tables: a tokenizer with a chat template, a small Llama taught by
 SFT on a task that a script can grade, and data sampled from that policy. Under a minute on two CPU cores.
 
     addition   "37+45" -> "82", two-digit numbers; reward 1 where the answer is right (verifiable)
