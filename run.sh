@@ -3,7 +3,7 @@
 # ./run.sh test [flags]    set everything up, then the tests (flags go to pytest)
 # ./run.sh bench           speed and memory against TRL and the hardware's floor, on a CPU, an hour
 # ./run.sh memory          GPU memory of updates and sampling for four models, computed on a CPU in minutes
-# ./run.sh gpu [flags]     all that only a CUDA GPU can show: is it right, its memory, its speed, 9 minutes
+# ./run.sh gpu [flags]     all that only a CUDA GPU can show: is it right, its memory, its speed, at most 9 minutes
 # ./run.sh reproduce       the findings: the runs that results/evidence.jsonl lacks, then the pages; all of them: hours on 2 cores
 # ./run.sh dpo [flags]     the recipe for one 80 GB GPU: Qwen2.5-1.5B-Instruct on UltraFeedback-ArmoRM
 # ./run.sh kto [flags]     the same for KTO, the pairs taken apart

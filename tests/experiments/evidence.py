@@ -291,14 +291,14 @@ def do(parts: list[str], device: str, jobs: int) -> dict[Run, dict]:
 
 # --- numbers and tables -------------------------------------------------------------------------------
 
-T_975 = 4.303  # Student's t, two degrees of freedom: three seeds
+T_975 = {3: 4.303}  # Student's t for so many seeds
 WORDS = {  # what an interval says of a claim that a difference is above 0, or that there is none
     ">": {"above 0": "holds", "includes 0": "not shown", "below 0": "**the reverse**"},
     "=": {"includes 0": "no difference shown", "above 0": "better", "below 0": "**worse**"}}
 
 def interval(values: list[float]) -> tuple[float, float, float]:
     """(mean, low, high): 95 % t-interval over seeds."""
-    mean, half = statistics.fmean(values), T_975 * statistics.stdev(values) / len(values) ** 0.5
+    mean, half = statistics.fmean(values), T_975[len(values)] * statistics.stdev(values) / len(values) ** 0.5
     return mean, mean - half, mean + half
 
 def verdict(numbers: tuple[float, float, float]) -> str:
@@ -440,7 +440,7 @@ def parts_table(page: Page) -> str:
     return markdown(["", "DPO", "GRPO"], rows)
 
 def letters(method: str, variant: str, beta: str, source="offline") -> Run:
-    """There a cell has one k."""
+    """The cell of a toy's table; there is one k for each."""
     return next(Run(*cell) for cell in TOY if cell[:5] == ("letters", method, source, variant, beta))
 
 def letters_table(page: Page) -> str:
@@ -487,7 +487,7 @@ def theory() -> str:
     return (f"The power is {number(betas['slope'])} at the paper's Betas; at c = 1 the share is {betas['share'][0]:.2f}. "
             f"The mean distances to the human curve, the nearest first: {order}.")
 
-def runs(page: Page) -> str:
+def summary(page: Page) -> str:
     found = [result for run, result in page.results.items() if run.method != "initial"]
     machines = ", ".join(sorted({f"{x['machine']}, torch {x['torch']}" for x in found}))
     missing = [part for part, cells in PARTS.items() if not all(map(page.all, cells))]
@@ -511,7 +511,7 @@ def limits(page: Page) -> str:
     same = [f"{page.difference(real('dpo', variant='humanline', beta=beta), real('dpo', beta=beta))} (β = {beta})"
             for beta in BETAS]
     beyond = f"{1 - statistics.fmean(page.all(DPO['humanline'], 'unclipped') or [1]):.2%}".replace("%", " %")
-    return f"""* **Drift.** A policy may gain reward by moving far away. At equal KL, on a line between plain's runs over β, each at its best rate, the sentiment of humanline at β = 1 minus plain's is: {"; ".join(map(page.frontier, ("dpo", "kto")))}.
+    return f"""* **Drift.** A policy may gain reward by moving far away. At equal KL, on a line between plain's runs over β, each at its best rate, the sentiment of humanline at β = 1 minus plain's is: {"; ".join(map(page.frontier, ("dpo", "kto")))}. No rate was chosen whose KL is above {LIMIT:.0f} on seed {CHOICE}; other seeds may lie above it.
 * **β.** At the same β, DPO with humanline minus plain is: {"; ".join(same)}.
 * **Clipping.** DPO that is synced and not clipped has {page.cell(DPO["synced only"])}, and clipping adds {page.difference(DPO["humanline"], DPO["synced only"])}. Only {beyond} of the tokens of the humanline runs lie beyond the bounds."""
 
@@ -521,7 +521,7 @@ def tables(page: Page) -> dict[str, str]:
             "every 16 updates, plain": SUMS["plain"], "every 16 updates, humanline": SUMS["humanline"]}
     return {"first": page.first_table(), "limits": limits(page), "sentences": sentences(page, 2), "claims": claims(page),
             "beta": beta_table(page, lambda method, variant, beta: real(method, variant=variant, beta=beta), BETAS),
-            "parts": parts_table(page), "rates": rates_table(page), "runs": runs(page), "theory": theory(),
+            "parts": parts_table(page), "rates": rates_table(page), "runs": summary(page), "theory": theory(),
             "sums": markdown(["", "right (KL)"], [[name, page.cell(cell)] for name, cell in sums.items()]),
             "letters": letters_table(page), "letters_beta": beta_table(page, letters, TOY_BETAS),
             "addition": addition_table(page), "memory": memory.memory_table(), "bench": bench_table()}

@@ -1,6 +1,6 @@
 """All that only a CUDA GPU can show, in one call: is it right, does it run, how much memory, how fast.
 
-    ./run.sh gpu                              all steps in 9 minutes: a table, and results/gpu.json
+    ./run.sh gpu                              all steps in at most 9 minutes: a table, and results/gpu.json
     ./run.sh gpu --only right speed           some steps, which share --seconds
     ./run.sh gpu --device cpu --tiny          every step's code on the smallest shapes, to find its faults
 
