@@ -8,6 +8,7 @@ import contextlib
 import copy
 import itertools
 import re
+from collections import deque
 from typing import NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ BLOCK_BYTES = {"cpu": 2**22, "cuda": 2**28}
 MAX_PADDING = {"cpu": 64, "cuda": 512}
 # Weights of generate. Under autocast keys are float32, and so is the cache: twice as large.
 SAMPLING_DTYPE = {"cpu": torch.float32, "cuda": torch.bfloat16}
+ROUND = 256  # tokens that a batch samples before its finished responses leave it
 SYSTEM = ("system", "developer")
 
 class BadInput(ValueError):
@@ -35,6 +37,14 @@ def errors_in(where: str):
     except Exception as error:
         words = (str(error) or repr(error)).split()
         raise BadInput(f"{where}: {' '.join(words)}") from error
+
+@contextlib.contextmanager
+def enough_memory(mend="lower --micro_tokens, or add --activation_checkpointing or --lora_rank"):
+    """A shortage of the GPU's memory inside becomes one line that says what helps."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise BadInput(f"out of memory: {mend}") from error
 
 class Example(NamedTuple):
     """A tokenized prompt, which is read, and response, which is trained."""
@@ -155,28 +165,42 @@ def response_text(before: str, whole: str, answer: dict) -> str:
     return thought.replace("<think>", "", 1).lstrip() + "</think>\n\n" + text.lstrip()
 
 @torch.no_grad()
+@enough_memory("lower --gen_batch")
 def sample_responses(model, tokenizer, prompts: list[list[int]], max_new_tokens: int,
                      temperature: float, batch_size: int) -> tuple[list[Example], list[str]]:
     """One response a prompt (token ids) from π_θ at a temperature (0: greedy): as Examples, with an
-    end of turn unless cut off, and as texts. torch's global generator draws."""
+    end of turn unless cut off, and as texts. torch's global generator draws. A batch is sampled for
+    a round; what has not ended waits in a queue, so that none waits for the longest response."""
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     eos = model.generation_config.eos_token_id  # none, one or several
     stops = {tokenizer.eos_token_id, *end_of_turn(tokenizer)[1][-1:]}
     stops.update(eos if isinstance(eos, list) else {eos} - {None})
-    dtype, examples = SAMPLING_DTYPE[model.device.type], []
+    dtype = SAMPLING_DTYPE[model.device.type]
     weights = {id(w): torch.nn.Parameter(w.to(dtype), False) for w in model.parameters()}
     sampler = copy.deepcopy(model, weights).eval()  # deepcopy takes these weights, copies the rest
     sampler.generation_config = GenerationConfig(  # the checkpoint's would fill in its own top_k
-        max_new_tokens=max_new_tokens, do_sample=temperature > 0, temperature=temperature or 1.0,
-        top_k=0, top_p=1.0, eos_token_id=sorted(stops), pad_token_id=tokenizer.pad_token_id)
-    for start in tqdm(range(0, len(prompts), batch_size), "sampling", leave=False, delay=2):
-        part = prompts[start : start + batch_size]  # padded on the left: all end alike
-        inputs = tokenizer.pad({"input_ids": part}, padding_side="left", return_tensors="pt")
-        out = sampler.generate(**inputs.to(model.device))
-        for prompt, ids in zip(part, out[:, inputs["input_ids"].shape[1] :].tolist()):
-            end = next((t + 1 for t, token in enumerate(ids) if token in stops), len(ids))
-            ids = torch.tensor(prompt + ids[:end], dtype=torch.int32)
-            examples.append(Example(ids, len(prompt)))
+        do_sample=temperature > 0, temperature=temperature or 1.0, top_k=0, top_p=1.0,
+        eos_token_id=sorted(stops), pad_token_id=tokenizer.pad_token_id,
+        prefill_chunk_size=None if model._is_stateful else ROUND)  # its memory; Mamba has no cache
+    ids = [list(prompt) for prompt in prompts]  # and what has been sampled after them
+    queue = deque(range(len(prompts)))
+    bar = tqdm(total=len(prompts), desc="sampling", leave=False, delay=2)
+    while queue:
+        batch = [queue.popleft() for _ in range(min(batch_size, len(queue)))]
+        rest = [len(prompts[i]) + max_new_tokens - len(ids[i]) for i in batch]
+        inputs = {"input_ids": [ids[i] for i in batch]}  # padded on the left: all end alike
+        inputs = tokenizer.pad(inputs, padding_side="left", return_tensors="pt").to(model.device)
+        sampler.generation_config.max_new_tokens = min(ROUND, max(rest))
+        out = sampler.generate(**inputs)
+        for i, most, new in zip(batch, rest, out[:, inputs["input_ids"].shape[1] :].tolist()):
+            new = new[:most]
+            end = next((t + 1 for t, token in enumerate(new) if token in stops), None)
+            ids[i] += new[:end]
+            if end is None and len(new) < most:
+                queue.append(i)
+        bar.update(len(prompts) - len(queue) - bar.n)
+    bar.close()
+    examples = [Example(torch.tensor(x, dtype=torch.int32), len(p)) for x, p in zip(ids, prompts)]
     texts = tokenizer.batch_decode([e.response for e in examples], skip_special_tokens=True)
     return examples, texts
 
@@ -193,7 +217,7 @@ class TokenLogps(torch.autograd.Function):
         ctx.size = BLOCK_BYTES[on] // (4 * len(target)) // 64 * 64 + 64  # aligned, so faster
         h = hidden.to(ctx.dtype)
         for w in weight.split(ctx.size):
-            lse.append(head_logits(w.to(ctx.dtype), h).logsumexp(0))
+            lse.append(head_logits(h, w.to(ctx.dtype)).logsumexp(1))
         lse = torch.stack(lse).logsumexp(0)  # (N,)
         chosen = (h.float() * weight[target].to(ctx.dtype)).sum(-1)  # (N,) the target's logit
         ctx.save_for_backward(hidden, weight, target, lse)
@@ -209,34 +233,37 @@ class TokenLogps(torch.autograd.Function):
             w = weight[i : i + ctx.size].to(ctx.dtype)  # (size, H)
             # d logp / d logits = onehot(target) − softmax(logits). d is its negative; a
             # token's factor, −grad, is applied where that costs H and not V multiplications.
-            d, at = head_logits(w, h).sub_(lse).exp_(), target - i  # (size, N), (N,)
+            d, at = head_logits(h, w).sub_(lse[:, None]).exp_(), target - i  # (N, size), (N,)
             inside = (at >= 0) & (at < len(w))
-            d.scatter_add_(0, at.clamp(0, len(w) - 1)[None], -inside[None].float())
+            d.scatter_add_(1, at.clamp(0, len(w) - 1)[:, None], -inside[:, None].float())
             d = d.to(ctx.dtype)
-            grad_hidden += d.T @ w
+            grad_hidden += d @ w
             if grad_weight is not None:  # not a frozen one, as with LoRA
-                grad_weight[i : i + ctx.size] = d @ scaled
+                grad_weight[i : i + ctx.size] = d.T @ scaled
         return grad_hidden * -grad[:, None], grad_weight, None
 
-def head_logits(weight, hidden):
-    """(size, H), (N, H) -> (size, N), float32 that on CUDA was never bf16."""
+def head_logits(hidden, weight):
+    """(N, H), (size, H) -> (N, size), float32 that on CUDA was never bf16. Rows of size numbers are
+    aligned, those of N would seldom be."""
     options = {"out_dtype": torch.float32} if hidden.is_cuda and hidden.dtype.itemsize < 4 else {}
-    return torch.mm(weight, hidden.T, **options).float()
+    return torch.mm(hidden, weight.T, **options).float()
 
 def micro_batches(units: list[list[Example]], micro_tokens: int, device: str) -> list[list[int]]:
     """Cut units (indices) into micro-batches of at most micro_tokens tokens, padding included. The
-    longest come first, so that a micro-batch holds about one length; it also ends where padding
-    costs more than another forward. A unit's examples stay together; a large one runs alone."""
-    micros, lengths = [], []  # lengths of the examples in the last micro-batch
+    longest come first, so that a micro-batch holds about one length; it also ends where joining a
+    unit adds more padding than another forward costs. Padding inside a unit no cut can avoid. A
+    unit's examples stay together; a large one runs alone."""
+    micros, lengths, apart = [], [], 0  # of the last one: lengths, and tokens were its units alone
     for i in sorted(range(len(units)), key=lambda i: -max(len(e.ids) for e in units[i])):
         own = [len(example.ids) for example in units[i]]
         lengths += own
-        padded = len(lengths) * max(lengths)
-        if micros and padded <= micro_tokens and padded - sum(lengths) <= MAX_PADDING[device]:
+        apart += len(own) * max(own)
+        joined = len(lengths) * max(lengths)
+        if micros and joined <= micro_tokens and joined - apart <= MAX_PADDING[device]:
             micros[-1].append(i)
         else:
             micros.append([i])
-            lengths = own
+            lengths, apart = own, len(own) * max(own)
     return [sorted(micro) for micro in micros]
 
 def response_logps(model, examples: list[Example], temperature=1.0) -> tuple[Tensor, Tensor]:
@@ -273,13 +300,12 @@ def check_model(model, tokenizer, max_length: int) -> None:
         raise BadInput(f"{len(tokenizer)} tokens in the tokenizer, but {size} embeddings")
     if max_length > (getattr(config, "max_position_embeddings", None) or max_length):
         raise BadInput(f"--max_length: the context is {config.max_position_embeddings}; lower it")
-    ids = torch.randint(size, (max_length,))  # the longest example that can occur
-    example = Example(ids, max(1, max_length - 32))
+    ids = torch.randint(size, (min(max_length, 1024),))  # float32 logits and attention are large
+    example = Example(ids, max(1, len(ids) - 32))
     logp, _ = response_logps(model, [example])  # (1, T)
-    logits = model(ids[None].to(model.device), logits_to_keep=logp.shape[1] + 1).logits
-    truth = logits[0, :-1].float().log_softmax(-1)[range(logp.shape[1]), example.response]  # (T,)
-    # Two forwards, each with logits rounded to their dtype: a bf16 number near 30 is off by 0.06.
-    rounding = 2 * logits.abs().max() * torch.finfo(logits.dtype).eps
-    if not (logp[0] - truth).abs().max() < 5e-3 + rounding:
+    logits = model(ids[None, :-1].to(model.device), logits_to_keep=logp.shape[1]).logits[0]
+    truth = logits.float().log_softmax(-1)[range(logp.shape[1]), example.response]  # (T,)
+    rounding = logits.abs().max() * torch.finfo(logits.dtype).eps  # ours are not rounded to bf16
+    if not (logp[0] - truth).abs().max() < 1e-3 + rounding:
         raise BadInput(f"common.py does not rebuild the logits of {model.config.model_type}, or "
                        "they are not finite")

@@ -53,7 +53,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from common import BadInput, Example, check_model, encode, errors_in, micro_batches
+from common import BadInput, Example, check_model, encode, enough_memory, errors_in, micro_batches
 from common import prompt_in, response_logps, sample_responses
 
 # === 1. Perception: how a human would see each token's log-ratio ===
@@ -119,6 +119,7 @@ def policy_logps(model, batch: list[Row], args) -> Iterator[tuple]:
             yield rows, logp, mask
 
 @torch.no_grad()
+@enough_memory()
 def score(model, batch: list[Row], args) -> list[Row]:
     """The batch, and its mismatched pairs, with ref_logp: what the policy now thinks of them."""
     scored = []
@@ -138,6 +139,7 @@ def next_window(model, queue: deque, rollouts, updates: range, args) -> deque:
 
 
 # === 4. One update ===
+@enough_memory()
 def accumulate_gradient(model, batch: list[Row], mode: str, args) -> dict[str, float]:
     """Forward and backward of one update; returns its metrics."""
     labelled = [row for row in batch if row.desirable is not None]
@@ -153,7 +155,8 @@ def accumulate_gradient(model, batch: list[Row], mode: str, args) -> dict[str, f
         if rows[0].desirable is None:  # mismatched pairs
             kl += perceived.sum() / (len(batch) - count)
             continue
-        desirable = torch.tensor([row.desirable for row in rows]).to(args.device)  # (B,)
+        desirable = torch.tensor([row.desirable for row in rows])  # (B,)
+        desirable = desirable.to(args.device, non_blocking=True)
         losses = kto_loss(perceived, mask, desirable, kl.clamp_min(0), args.beta,
                           args.desirable_weight, args.undesirable_weight)  # (B,)
         if torch.is_grad_enabled():  # not in an evaluation
@@ -398,7 +401,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def load_policy(args) -> tuple:
     """The policy without dropout, its tokenizer, and what is saved: it, or its adapters."""
-    with errors_in(f"--model {args.model}"):
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew, up to seconds, for every new shape
+    with errors_in(f"--model {args.model}"), enough_memory("the model is too large"):
         missing = "/" in args.model and not Path(args.model).exists()
         if missing and (Path(args.model).parent.is_dir() or args.model.count("/") > 1):
             raise BadInput("there is no such folder")
@@ -423,6 +427,8 @@ def load_policy(args) -> tuple:
             from peft import LoraConfig, get_peft_model
         saved = get_peft_model(model, LoraConfig(  # puts float32 adapters into the model itself
             r=args.lora_rank, lora_alpha=2 * args.lora_rank, target_modules="all-linear"))
+        for module in model.modules():  # no float32 copies of its inputs: autocast casts
+            module.cast_input_dtype_enabled = False
     if args.activation_checkpointing:
         model.gradient_checkpointing_enable()
         model.train()  # it works in training mode only
@@ -448,6 +454,7 @@ def main(args: argparse.Namespace) -> None:
     """Train. Raises BadInput where it cannot."""
     folder, k, n = Path(args.output_dir), args.sync_every, args.sample_every
     checkpoint, log_file = folder / "checkpoint.pt", folder / "metrics.jsonl"
+    saving = f"cannot save in --output_dir {folder} (is the disk full?)"
     if folder.is_file() or any(folder.glob("*")) and not (args.resume or args.overwrite):
         raise BadInput(f"--output_dir {folder} is no empty folder; add --resume or --overwrite")
     reward = load_reward(args.reward) if args.reward or n else None
@@ -512,7 +519,8 @@ def main(args: argparse.Namespace) -> None:
         # policy: with k = 1 all log-ratios would be 0 and nothing ever clipped.
         if k > 0 and not window:
             window = next_window(model, queue, rollouts, upcoming, args)
-        optimizer.step()
+        with enough_memory():  # the first step makes AdamW's averages
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if k == 0 and not window:  # the online baseline; n = 1: log-ratios are 0, gradients are not
             window = next_window(model, queue, rollouts, upcoming, args)
@@ -527,10 +535,12 @@ def main(args: argparse.Namespace) -> None:
             state = {"run": run, "step": step, "eval": eval_rows, "window": [*window],
                      "queue": [*queue] if n else [], "log_bytes": log_file.stat().st_size,
                      "model": trained, "optimizer": optimizer.state_dict()}
-            torch.save(state, folder / "checkpoint.tmp")
-            (folder / "checkpoint.tmp").replace(checkpoint)  # whole, or the one before it
-    saved.save_pretrained(folder / "final")
-    tokenizer.save_pretrained(folder / "final")
+            with errors_in(saving):
+                torch.save(state, folder / "checkpoint.tmp")
+                (folder / "checkpoint.tmp").replace(checkpoint)  # whole, or the one before it
+    with errors_in(saving):
+        saved.save_pretrained(folder / "final")
+        tokenizer.save_pretrained(folder / "final")
     print(f"the trained policy is in {folder / 'final'}")
 
 
@@ -539,7 +549,5 @@ if __name__ == "__main__":
         main(parse_args())
     except BadInput as error:
         sys.exit(f"error: {error}")
-    except torch.cuda.OutOfMemoryError:
-        sys.exit("error: out of memory; lower --micro_tokens or add --activation_checkpointing")
     except KeyboardInterrupt:
         sys.exit(f"stopped; go on from any checkpoint: python {shlex.join(sys.argv)} --resume")

@@ -564,10 +564,10 @@ def unit_of(*lengths):
 
 
 def padding_of(units):
-    """Tokens of the forward of these units, padding included; of them padding."""
-    lengths = [len(example.ids) for unit in units for example in unit]
-    padded = len(lengths) * max(lengths)
-    return padded, padded - sum(lengths)
+    """Tokens of the forward of these units, padding included; of them those that units on their own would not have."""
+    lengths = [[len(example.ids) for example in unit] for unit in units]
+    padded = sum(map(len, lengths)) * max(map(max, lengths))
+    return padded, padded - sum(len(unit) * max(unit) for unit in lengths)
 
 
 def test_micro_batches_by_hand(monkeypatch):
@@ -579,7 +579,7 @@ def test_micro_batches_by_hand(monkeypatch):
     monkeypatch.setitem(common.MAX_PADDING, "cuda", 10**6)  # each device has its own
     assert micro_batches(units, 10**6, "cuda") == [[0, 1, 2, 3, 4]]
     pairs = [unit_of(10, 30), unit_of(20, 15), unit_of(5, 40)]  # by the longer one: 2, 0, 1
-    for limit, cut in ((75, [[0, 2], [1]]), (74, [[2], [0, 1]])):  # 4 × 40 tokens, 75 of them padding
+    for limit, cut in ((20, [[0, 2], [1]]), (19, [[2], [0], [1]])):  # 4 × 40 tokens for 80 + 60; 4 × 30 for 60 + 40
         monkeypatch.setitem(common.MAX_PADDING, "cpu", limit)
         assert micro_batches(pairs, 160, "cpu") == cut
     assert micro_batches([], 100, "cpu") == []  # KTO has no mismatched pairs when it evaluates
@@ -600,7 +600,7 @@ def test_micro_batches_keep_to_tokens_and_padding(seed, micro_tokens):
     assert micros and all(micros) and all(micro == sorted(micro) for micro in micros)
 
     def fits(members):
-        padded, padding = padding_of(units[i] for i in members)
+        padded, padding = padding_of([units[i] for i in members])
         return padded <= micro_tokens and padding <= limit
 
     def longest(i):
@@ -612,6 +612,13 @@ def test_micro_batches_keep_to_tokens_and_padding(seed, micro_tokens):
         first = max(following, key=lambda i: (longest(i), -i))
         assert not fits([*micro, first])
     assert max(map(len, micros)) == 1 if micro_tokens == 1 else max(map(len, micros)) > 1
+
+
+def test_ragged_pairs_fill_larger_micro_batches():
+    """Padding inside a pair, which no cut can avoid, does not end a micro-batch: twice the tokens, half as many."""
+    rng = random.Random(0)
+    pairs = [unit_of(*(rng.randint(100, 1000) for _ in range(2))) for _ in range(32)]
+    assert [len(micro_batches(pairs, size, "cuda")) for size in (4096, 8192)] == [14, 8]
 
 
 def test_micro_batches_depend_on_lengths_alone():
@@ -749,21 +756,21 @@ def test_check_model_refuses_what_cannot_be_trained(monkeypatch):
             check_model(model, Words(), 32)
 
 
-@pytest.mark.parametrize("max_length", [3, 16, 40, 64])
-def test_check_model_looks_at_the_longest_example_that_can_occur(max_length, monkeypatch):
-    """A mistake from some length on, as in a window, is seen in training's longest examples, and so here."""
-    model = make_model()
-    forward = model.forward
+@pytest.mark.parametrize("max_length, size", [(3, 3), (40, 40), (1024, 1024), (1030, 1024)])
+def test_check_model_looks_at_long_examples(max_length, size, monkeypatch):
+    """As long as can occur, so that a window is full, but at most 1,024 tokens: its cost grows with the square. Both
+    forwards read the same input."""
+    model, seen = make_model(max_position_embeddings=2048), []
+    for module in (model, model.base_model):
+        forward = module.forward
 
-    def altered(input_ids, **options):
-        output = forward(input_ids, **options)
-        factor = 2.0 if input_ids.shape[1] >= max_length else 1.0
-        return SimpleNamespace(logits=output.logits * factor)
+        def told(input_ids=None, forward=forward, **options):
+            seen.append(input_ids.tolist())
+            return forward(input_ids, **options)
 
-    monkeypatch.setattr(model, "forward", altered)
-    check_model(model, Words(), max_length - 1)
-    with pytest.raises(BadInput, match="does not rebuild the logits of llama"):
-        check_model(model, Words(), max_length)
+        monkeypatch.setattr(module, "forward", told)
+    check_model(model, Words(), max_length)
+    assert len(seen) == 3 and seen[0] == seen[1] == seen[2] and len(seen[0][0]) == size - 1  # two are the same forward
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -790,10 +797,56 @@ def test_samples_come_from_a_copy_with_weights_of_the_sampling_dtype(dtype, monk
     assert all(torch.equal(weights[name], w) and w.dtype == torch.float32 for name, w in model.named_parameters())
 
 
+def greedy(model, prompt, most, stops):
+    """By definition: a whole forward pass for each token."""
+    ids = list(prompt)
+    while len(ids) < len(prompt) + most and (len(ids) == len(prompt) or ids[-1] not in stops):
+        with torch.no_grad():
+            ids.append(model(torch.tensor([ids])).logits[0, -1].argmax().item())
+    return ids
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_samples_of_every_family(family, monkeypatch):
+    """Left padding, the cache, prompts that are read in parts, and rounds change nothing."""
+    monkeypatch.setattr(common, "ROUND", 2)
+    model, tokenizer = make_model(family, vocab_size=400), make_tokenizer()
+    prompts = [[5, 6, 7, 8, 9, 10, 11], [8], [9, 30, 31, 32], [40] * 6]
+    examples, _ = common.sample_responses(model, tokenizer, prompts, 5, 0.0, 2)
+    stops = {tokenizer.eos_token_id, model.generation_config.eos_token_id}
+    assert [e.ids.tolist() for e in examples] == [greedy(model, prompt, 5, stops) for prompt in prompts]
+
+
+def test_what_has_not_ended_after_a_round_waits_at_the_end_of_the_queue(monkeypatch):
+    """Rounds of 3 tokens, 3 responses at once, of a model that counts and ends at 20. One ends at once, one at the end of
+    a round, one in its middle; three are cut at 7 tokens, one of them in a round in which others go on."""
+    monkeypatch.setattr(common, "ROUND", 3)
+    model, calls = make_model(vocab_size=400, hidden_size=400), []
+    for layer in model.model.layers:  # they add nothing to the embeddings
+        layer.self_attn.o_proj.weight.data.zero_()
+        layer.mlp.down_proj.weight.data.zero_()
+    model.model.norm.weight.data.fill_(1)
+    model.model.embed_tokens.weight.data.copy_(torch.eye(400))
+    model.lm_head.weight.data.copy_(torch.eye(400).roll(1, 0))  # after n comes n + 1
+    model.generation_config.eos_token_id = 20
+    generate = type(model).generate
+
+    def generate_and_tell(self, input_ids, **more):
+        calls.append((len(input_ids), self.generation_config.max_new_tokens))
+        return generate(self, input_ids=input_ids, **more)
+
+    monkeypatch.setattr(type(model), "generate", generate_and_tell)
+    prompts, lengths = [[7, 19], [2], [4, 1, 14], [3, 4], [15], [5, 6, 7, 8]], [1, 7, 6, 7, 5, 7]
+    examples, _ = common.sample_responses(model, make_tokenizer(), prompts, 7, 0.0, 3)
+    assert [e.ids.tolist() for e in examples] == [
+        [*prompt, *range(prompt[-1] + 1, prompt[-1] + 1 + n)] for prompt, n in zip(prompts, lengths)]  # fmt: skip
+    assert calls == [(3, 3), (3, 3), (3, 3), (3, 3), (2, 1)]
+
+
 @pytest.mark.parametrize("kind, size", [("pairs", 32), ("labels", 64), ("groups", 64)])
 @pytest.mark.parametrize("micro_tokens", [4096, 640])
 def test_padding_on_gsm8k_stays_under_8_percent(kind, size, micro_tokens):
-    """Lengths of about four characters a token, in batches drawn at random."""
+    """Lengths of about four characters a token, in batches drawn at random. Padding inside a pair does not count."""
     path = SHARED / f"gsm8k_{kind}.jsonl"
     if not path.exists():
         pytest.skip(f"no {path.name}")
@@ -807,8 +860,8 @@ def test_padding_on_gsm8k_stays_under_8_percent(kind, size, micro_tokens):
     for _ in range(20):
         batch = rng.sample(units, size)
         for micro in micro_batches(batch, micro_tokens, "cpu"):
-            lengths = [len(example.ids) for i in micro for example in batch[i]]
-            tokens, all_tokens = tokens + sum(lengths), all_tokens + len(lengths) * max(lengths)
+            padded, added = padding_of([batch[i] for i in micro])
+            tokens, all_tokens = tokens + padded - added, all_tokens + padded
     assert 1 - tokens / all_tokens < 0.08
 
 

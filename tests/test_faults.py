@@ -10,6 +10,7 @@ import time
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import common
 import humanline_dpo
@@ -277,10 +278,33 @@ def test_a_disk_that_is_full_leaves_the_checkpoint_before(script, run, tmp_path,
             raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", save_half)
-    with pytest.raises(OSError):
+    with pytest.raises(BadInput, match=r"^cannot save in --output_dir .*run \(is the disk full\?\): .* No space left"):
         run(script, "--save_every", 3)
     monkeypatch.undo()
     assert state(script, tmp_path / "run")["step"] == 3
+
+
+SMALLER = "^out of memory: lower --micro_tokens, or add --activation_checkpointing or --lora_rank$"
+SHORTAGES = {  # what runs out of memory: the module, its attribute, the words
+    "loading": (AutoModelForCausalLM, "from_pretrained", "^--model .*: out of memory: the model is too large$"),
+    "the check": (humanline_dpo, "check_model", "^--model .*: out of memory: the model is too large$"),
+    "sampling": (LlamaForCausalLM, "generate", "^out of memory: lower --gen_batch$"),
+    "scoring": (humanline_dpo, "policy_logps", SMALLER),
+    "backward": (torch.Tensor, "backward", SMALLER),
+    "the first step": (torch.optim.AdamW, "step", SMALLER),
+}
+
+
+@pytest.mark.parametrize("name", SHORTAGES)
+def test_out_of_memory_names_what_helps(name, run, monkeypatch):
+    module, attribute, words = SHORTAGES[name]
+
+    def run_out(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(module, attribute, run_out)
+    with pytest.raises(BadInput, match=words):
+        run(humanline_dpo, "--reward", f"{ROOT}/tests/experiments/gpu.py:chance", "--max_new_tokens", 4)
 
 
 def test_overwrite_starts_anew(script, run, tmp_path):

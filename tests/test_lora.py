@@ -155,6 +155,20 @@ def test_the_policy_writes_with_its_adapters(script, run, tmp_path, watched):
     assert [text for _, text, _ in lines[0]["samples_greedy"]] != [*texts]
 
 
+def test_adapters_make_no_float32_copies_of_their_inputs(script, flags):
+    """As on CUDA, frozen weights are bf16: peft would cast their outputs to float32, and autocast cast them back."""
+    model, _, _ = script.load_policy(script.parse_args(flags(script, "--lora_rank", 4)))
+    seen = []
+    for name, module in model.named_modules():
+        if name.endswith("lora_A.default"):
+            module.register_forward_pre_hook(lambda module, given: seen.append(given[0].dtype))
+    for weight in model.parameters():
+        weight.data = weight.data if weight.requires_grad else weight.data.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        logp, _ = response_logps(model, [Example(torch.arange(4, 30), 5)])
+    assert len(seen) == 14 and set(seen) == {torch.bfloat16} and logp.dtype == torch.float32
+
+
 # --- What is trained and what is kept ---
 
 

@@ -16,7 +16,7 @@ OF_ONE = {"dpo": {"dpo_loss", "import torch.nn.functional as F"},
           "grpo": {"k3", "grpo_loss", "group_advantages", "math_reward", "final_answer", "usable", "math_reward.usable",
                    "import functools", "import re", "import statistics",
                    "from torch.utils.data import DataLoader"}}  # fmt: skip
-LINES = {"humanline_dpo.py": 515, "humanline_kto.py": 545, "humanline_grpo.py": 595, "common.py": 290}
+LINES = {"humanline_dpo.py": 540, "humanline_kto.py": 575, "humanline_grpo.py": 605, "common.py": 320}
 REWARDS = ("math_reward", "final_answer", "usable", "math_reward.usable")
 
 

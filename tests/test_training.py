@@ -446,6 +446,13 @@ def test_peak_memory_is_of_the_update(script, run, monkeypatch):
         assert peaks == ([1, 1, 1, 1] if device == "cuda" else [0, 0, 0, 0])  # scoring came before
 
 
+def test_cudnn_attention_is_off(script, flags):
+    """It plans anew for every shape."""
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    script.load_policy(script.parse_args(flags(script)))
+    assert not torch.backends.cuda.cudnn_sdp_enabled() and torch.backends.cuda.flash_sdp_enabled()
+
+
 def gsm8k(script):
     path = SHARED / f"gsm8k_{ {dpo: 'pairs', kto: 'labels', grpo: 'groups'}[script] }.jsonl"
     if not path.exists():
@@ -464,7 +471,7 @@ def test_a_run_over_gsm8k_learns_its_rows(script, run):
 
 
 def test_little_padding_on_gsm8k(script, policy, monkeypatch):
-    """Under 8% at the default batch sizes, where the lengths of real answers differ; DPO: under 1.5% beside what a
+    """Under 8% at the default batch sizes, where the lengths of real answers differ; DPO: under 4% beside what a
     pair's own two lengths cost, which is 8% already."""
     args = script.parse_args(["--model", "-", "--data", str(gsm8k(script)), "--max_rows", "400", "--device", "cpu"])
     rows, lengths = read(script, policy, args), []
@@ -483,7 +490,7 @@ def test_little_padding_on_gsm8k(script, policy, monkeypatch):
         assert len(list(script.policy_logps(None, batch, args))) < len(batch)
     alone = [[[len(e.ids) for e in row.examples] for row in batch] for batch in script.make_batches(rows, args)[:4]]
     own = padding(sum(alone, [])) if script is dpo else 0.065
-    assert own < 0.085 and padding(lengths) < own + 0.015
+    assert own < 0.085 and padding(lengths) < own + 0.04
 
 
 def padding(lengths):
