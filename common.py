@@ -7,6 +7,7 @@ and response, H hidden size, V vocabulary. Log-probabilities are in nats.
 import contextlib
 import copy
 import itertools
+import json
 import re
 from collections import deque
 from typing import NamedTuple
@@ -24,27 +25,23 @@ MAX_PADDING = {"cpu": 64, "cuda": 512}
 # Weights of generate. Under autocast keys are float32, and so is the cache: twice as large.
 SAMPLING_DTYPE = {"cpu": torch.float32, "cuda": torch.bfloat16}
 ROUND = 256  # tokens that a batch samples before its finished responses leave it
+TOO_LARGE = "lower --micro_tokens, or add --activation_checkpointing or --lora_rank"  # an update
 SYSTEM = ("system", "developer")
+UNREAD = ("tools", "image", "images", "history", "system_prompt", "input")  # columns
+THOUGHTS = ("reasoning_content", "thinking")  # keys of a message
 
 class BadInput(ValueError):
     """An input that cannot be used: one line that says where, what, and what to do about it."""
 
 @contextlib.contextmanager
-def errors_in(where: str):
-    """Whatever is raised inside becomes one line, BadInput, that says where."""
+def errors_in(where: str, kind: type = Exception):
+    """Whatever of this kind is raised inside becomes one line, BadInput, that says where."""
     try:
         yield
-    except Exception as error:
-        words = (str(error) or repr(error)).split()
-        raise BadInput(f"{where}: {' '.join(words)}") from error
-
-@contextlib.contextmanager
-def enough_memory(mend="lower --micro_tokens, or add --activation_checkpointing or --lora_rank"):
-    """A shortage of the GPU's memory inside becomes one line that says what helps."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise BadInput(f"out of memory: {mend}") from error
+    except kind as error:
+        unclear = isinstance(error, LookupError) or not str(error)  # KeyError: 'solution'
+        words = f"{type(error).__name__}: {error}" if unclear else str(error)
+        raise BadInput(f"{where}: {' '.join(words.split())}") from error
 
 class Example(NamedTuple):
     """A tokenized prompt, which is read, and response, which is trained."""
@@ -102,16 +99,19 @@ def dialogue_in(row: dict, name: str | None, system: str | None) -> list[dict]:
 
 def end_of_turn(tokenizer) -> tuple[str, list[int]]:
     """What the chat template puts after an answer: the text, and the tokens that end a response:
-    the leading run of special tokens (two in Cohere 2), else the tokenizer's EOS."""
+    the leading special tokens (two in Cohere 2) up to one that opens a message (the first Llama 3
+    always writes the next header); else an added token that is not called special; else EOS."""
+    eos, added = [tokenizer.eos_token_id], tokenizer.added_tokens_decoder
     if not tokenizer.chat_template:
-        return "", [tokenizer.eos_token_id]
+        return "", eos
     dialogue = [{"role": "user", "content": "Q?"}, {"role": "assistant", "content": "An answer."}]
-    tail = tokenizer.apply_chat_template(dialogue, tokenize=False).rpartition("An answer.")[2]
-    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    # Qwen and Gemma put "\n" after the special token, which sampling never produces.
-    ids = tokenizer(tail, add_special_tokens=False)["input_ids"]
-    end = [*itertools.takewhile(lambda token: token in special, ids)]
-    return tail, end or [tokenizer.eos_token_id]
+    whole = tokenizer.apply_chat_template(dialogue, tokenize=False)
+    tail = whole.rpartition("An answer.")[2]  # often with "\n", which sampling never produces
+    ids = tokenizer(whole, add_special_tokens=False)["input_ids"]
+    opener = next(i for i in ids if i != tokenizer.bos_token_id)
+    ids = tokenizer(tail.strip(), add_special_tokens=False)["input_ids"]
+    end = [*itertools.takewhile(lambda i: i in added and added[i].special and i != opener, ids)]
+    return tail, end or [i for i in ids[:1] if i in added] or eos
 
 def encode(tokenizer, row: dict, name: str | None, args) -> Example | None:
     """The prompt of a data row and the response in column `name` (None: no response) as tokens.
@@ -121,56 +121,75 @@ def encode(tokenizer, row: dict, name: str | None, args) -> Example | None:
     the prompt leaves no room. Raises BadInput for what is no text, is empty, or is left out."""
     messages, raw = dialogue_in(row, name, args.system_prompt), not tokenizer.chat_template
     answer = messages.pop() if name else {"content": ""}
-    tail, end = end_of_turn(tokenizer)
+    for column in UNREAD:
+        if row.get(column) and (column != "input" or prompt_in(row)):
+            raise BadInput(f"the column {column} is left out of the prompt; drop it, or the row")
     if raw and (len(messages) > 1 or isinstance(prompt_in(row), list)):
         raise BadInput("messages need a chat template, and there is none (--raw: it is not used)")
     before, text = messages[0]["content"], answer["content"]
+    tail, end = end_of_turn(tokenizer)
     if not raw:
         options = {"tokenize": False, **args.chat_template_kwargs}
         before = tokenizer.apply_chat_template(messages, add_generation_prompt=True, **options)
+        for m in messages:
+            if missing := left_out(m, before, earlier=True):
+                raise BadInput(f"the chat template leaves out the {m['role']} message's {missing}")
         if name:
             whole = tokenizer.apply_chat_template([*messages, answer], **options)
             text = response_text(before, whole.removesuffix(tail), answer)
-    for m in messages:
-        if m["role"] in (*SYSTEM, "user") and m["content"].strip() not in before:
-            raise BadInput(f"the chat template leaves out the {m['role']} message")
-    if row.get("tools"):
-        raise BadInput("the column tools is left out of the prompt; drop it, or the row")
-    prompt = tokenizer(before, add_special_tokens=raw)["input_ids"]
-    ids = tokenizer(before + text, add_special_tokens=raw)["input_ids"]
-    if ids[: len(prompt)] == prompt:
-        ids = ids[len(prompt) :]
-    else:  # a token straddles the boundary; generation starts after the prompt's own tokens
+    if re.search("[\ud800-\udfff]", before + text):
+        raise BadInput("a text has half a character (a lone surrogate); mend it or drop the row")
+    prompt = tokenizer(before, add_special_tokens=False)["input_ids"]
+    both = tokenizer(before + text, add_special_tokens=False)["input_ids"]
+    ids = both[len(prompt) :]
+    if prompt + ids != both:  # a token straddles the boundary, where generation starts
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    stops = {tokenizer.eos_token_id, *end}
-    ids = [*itertools.takewhile(lambda token: token not in stops, ids), *end] if name else []
+    bos, stops = tokenizer.bos_token_id, {tokenizer.eos_token_id, *end}
+    if raw and prompt[0] != bos and bos in tokenizer("")["input_ids"]:
+        prompt.insert(0, bos)
+    response = [*itertools.takewhile(lambda token: token not in stops, ids)]
+    cut = any(token not in stops for token in ids[len(response) :])  # at an end inside the answer
+    ids = prompt + response + end if name else prompt
     if len(prompt) >= args.max_length:
         return None
-    kept = torch.tensor((prompt + ids)[: args.max_length], dtype=torch.int32)
-    return Example(kept, len(prompt), cut=len(prompt + ids) > args.max_length)
+    kept = torch.tensor(ids[: args.max_length], dtype=torch.int32)
+    return Example(kept, len(prompt), cut or len(ids) > len(kept))
+
+def left_out(message: dict, render: str, earlier: bool) -> str | None:
+    """A key of a message that the chat template's render has not: a text as it is, as JSON (tool
+    results in Llama 3.1), or without the switches that SmolLM3 takes out; a tool call's name."""
+    parts = [("content", text) for text in re.split("</?think>", message["content"])]
+    if earlier and message["role"] == "assistant":
+        parts = parts[-1:]  # templates drop the thoughts of earlier turns
+    parts += [("tool_calls", x.get("function", x)["name"]) for x in message.get("tool_calls", [])]
+    parts += [(key, message[key]) for key in THOUGHTS if key in message and not earlier]
+    for key, text in parts:
+        as_json = json.dumps(text.strip(), ensure_ascii=False)[1:-1]
+        no_switch = text.replace("/no_think", "").replace("/think", "").strip()
+        if not any(form in render for form in (text.strip(), as_json, no_switch)):
+            return key
+    return None
 
 def response_text(before: str, whole: str, answer: dict) -> str:
     """What the template puts after the prompt. Where it drops some of the answer, or does not go on
     from the prompt (as templates of reasoning models do), the answer's own text."""
-    parts = [*re.split("</?think>", answer["content"]), answer.get("reasoning_content", "")]
-    parts += [call.get("function", call)["name"] for call in answer.get("tool_calls", [])]
-    text = whole[len(before) :]
-    if whole.startswith(before) and all(part.strip() in text for part in parts):
+    text, keys = whole[len(before) :], [key for key in (*THOUGHTS, "tool_calls") if answer.get(key)]
+    if whole.startswith(before) and not left_out(answer, text, earlier=False):
         return text
-    if "reasoning_content" in answer or "tool_calls" in answer:
-        raise BadInput("the chat template leaves out the assistant's thought or tool_calls")
+    if keys:
+        raise BadInput(f"the chat template leaves out the assistant's {' or '.join(keys)}")
     if not before.rstrip().endswith("<think>"):
         return answer["content"]
     thought, _, text = answer["content"].rpartition("</think>")  # the prompt opens the thought
     return thought.replace("<think>", "", 1).lstrip() + "</think>\n\n" + text.lstrip()
 
 @torch.no_grad()
-@enough_memory("lower --gen_batch")
+@errors_in("lower --gen_batch", torch.OutOfMemoryError)
 def sample_responses(model, tokenizer, prompts: list[list[int]], max_new_tokens: int,
                      temperature: float, batch_size: int) -> tuple[list[Example], list[str]]:
     """One response a prompt (token ids) from π_θ at a temperature (0: greedy): as Examples, with an
-    end of turn unless cut off, and as texts. torch's global generator draws. A batch is sampled for
-    a round; what has not ended waits in a queue, so that none waits for the longest response."""
+    end of turn unless cut off, and as texts. torch's global generator draws. What has not ended
+    after a round goes to the end of a queue: no response waits for the longest."""
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     eos = model.generation_config.eos_token_id  # none, one or several
     stops = {tokenizer.eos_token_id, *end_of_turn(tokenizer)[1][-1:]}
@@ -178,26 +197,24 @@ def sample_responses(model, tokenizer, prompts: list[list[int]], max_new_tokens:
     dtype = SAMPLING_DTYPE[model.device.type]
     weights = {id(w): torch.nn.Parameter(w.to(dtype), False) for w in model.parameters()}
     sampler = copy.deepcopy(model, weights).eval()  # deepcopy takes these weights, copies the rest
-    sampler.generation_config = GenerationConfig(  # the checkpoint's would fill in its own top_k
+    config = sampler.generation_config = GenerationConfig(  # the checkpoint's may have a top_k
         do_sample=temperature > 0, temperature=temperature or 1.0, top_k=0, top_p=1.0,
         eos_token_id=sorted(stops), pad_token_id=tokenizer.pad_token_id,
         prefill_chunk_size=None if model._is_stateful else ROUND)  # its memory; Mamba has no cache
     ids = [list(prompt) for prompt in prompts]  # and what has been sampled after them
+    most = [len(prompt) + max_new_tokens for prompt in prompts]
     queue = deque(range(len(prompts)))
     bar = tqdm(total=len(prompts), desc="sampling", leave=False, delay=2)
     while queue:
         batch = [queue.popleft() for _ in range(min(batch_size, len(queue)))]
-        rest = [len(prompts[i]) + max_new_tokens - len(ids[i]) for i in batch]
         inputs = {"input_ids": [ids[i] for i in batch]}  # padded on the left: all end alike
         inputs = tokenizer.pad(inputs, padding_side="left", return_tensors="pt").to(model.device)
-        sampler.generation_config.max_new_tokens = min(ROUND, max(rest))
+        config.max_new_tokens = min(ROUND, max(most[i] - len(ids[i]) for i in batch))
         out = sampler.generate(**inputs)
-        for i, most, new in zip(batch, rest, out[:, inputs["input_ids"].shape[1] :].tolist()):
-            new = new[:most]
-            end = next((t + 1 for t, token in enumerate(new) if token in stops), None)
-            ids[i] += new[:end]
-            if end is None and len(new) < most:
-                queue.append(i)
+        for i, new in zip(batch, out[:, inputs["input_ids"].shape[1] :].tolist()):
+            end = next((t + 1 for t, token in enumerate(new) if token in stops), len(new))
+            ids[i] = (ids[i] + new[:end])[: most[i]]
+        queue += [i for i in batch if len(ids[i]) < most[i] and ids[i][-1] not in stops]
         bar.update(len(prompts) - len(queue) - bar.n)
     bar.close()
     examples = [Example(torch.tensor(x, dtype=torch.int32), len(p)) for x, p in zip(ids, prompts)]
@@ -243,27 +260,23 @@ class TokenLogps(torch.autograd.Function):
         return grad_hidden * -grad[:, None], grad_weight, None
 
 def head_logits(hidden, weight):
-    """(N, H), (size, H) -> (N, size), float32 that on CUDA was never bf16. Rows of size numbers are
-    aligned, those of N would seldom be."""
+    """(N, H), (size, H) -> (N, size): aligned rows. float32 that on CUDA was never bf16."""
     options = {"out_dtype": torch.float32} if hidden.is_cuda and hidden.dtype.itemsize < 4 else {}
     return torch.mm(hidden, weight.T, **options).float()
 
 def micro_batches(units: list[list[Example]], micro_tokens: int, device: str) -> list[list[int]]:
     """Cut units (indices) into micro-batches of at most micro_tokens tokens, padding included. The
     longest come first, so that a micro-batch holds about one length; it also ends where joining a
-    unit adds more padding than another forward costs. Padding inside a unit no cut can avoid. A
-    unit's examples stay together; a large one runs alone."""
+    unit adds more padding than another forward costs. No unit is cut; a large one runs alone."""
     micros, lengths, apart = [], [], 0  # of the last one: lengths, and tokens were its units alone
     for i in sorted(range(len(units)), key=lambda i: -max(len(e.ids) for e in units[i])):
         own = [len(example.ids) for example in units[i]]
-        lengths += own
-        apart += len(own) * max(own)
+        lengths, apart = lengths + own, apart + len(own) * max(own)
         joined = len(lengths) * max(lengths)
-        if micros and joined <= micro_tokens and joined - apart <= MAX_PADDING[device]:
-            micros[-1].append(i)
-        else:
-            micros.append([i])
+        if not micros or joined > micro_tokens or joined - apart > MAX_PADDING[device]:
+            micros.append([])
             lengths, apart = own, len(own) * max(own)
+        micros[-1].append(i)
     return [sorted(micro) for micro in micros]
 
 def response_logps(model, examples: list[Example], temperature=1.0) -> tuple[Tensor, Tensor]:

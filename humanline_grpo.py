@@ -1,39 +1,32 @@
-r"""Humanline GRPO: group relative policy optimization on fixed groups that learns as if fresh.
+"""Humanline GRPO: group relative policy optimization on fixed groups that learns as if fresh.
 
 Paper: "Humanline: Online Alignment as Perceptual Loss" (arXiv 2509.24207), on top of GRPO (Shao et
 al. 2024, arXiv 2402.03300). People misjudge how likely outcomes are, and fresh samples of the
-policy happen to carry that bias: put it into the loss, and fixed data will do. A clamp is such a
-perception at its simplest: what lies beyond the bounds is seen as on them.
-
+policy happen to carry that bias: put it into the loss, and fixed data will do. Two additions do it:
   clipping  every token's log-ratio is clamped to [log ε_P, log ε_R] before it is exponentiated;
   syncing   at every k-th update the reference becomes the policy as it was just before it.
-    z_t = log π_θ(y_t | x, y_<t) − log π_ref(y_t | x, y_<t)
-    r_t = exp( clamp(z_t, log ε_P, log ε_R) )
-    A   = (reward − mean of its group) / (std of its group + 1e-4)
+
+    z_t = log π_θ(y_t | x, y_<t) − log π_ref(y_t | x, y_<t); r_t = exp(clamp(z_t, log ε_P, log ε_R))
     L_t = −min( r_t A, clip(r_t, 1 − ε, 1 + ε) A ) + β (exp(−z_t) + z_t − 1),  mean over all tokens
-PPO's clip ends the gradient where A > 0 and r > 1 + ε, or A < 0 and r < 1 − ε. Humanline's adds the
-sides that PPO leaves open: A > 0 and z < log ε_P, A < 0 and z > log ε_R.
+    A   = (reward − mean of its group) / (std of its group + 1e-4)
+
     update            1  2  3  4  5      (weights are named by the number of updates made)
     policy            0  1  2  3  4
     reference, k = 1  0  0  1  2  3
     reference, k = 2  0  0  1  1  3
-    reference, k = 0  0  0  0  0  0      with --sample_every: the policy that wrote the samples
-  log π_θ, π_ref  logp, ref_logp        (B, T)  of B sequences' T response tokens, nats
-                  mask                  (B, T)  true on response tokens, their end included
-  z               logratio              (B, T)  log π_θ − log π_ref
-  log r           perceived             (B, T)  the log-ratio as a human would see it
-  log ε_P, ε_R    log_eps_P, log_eps_R  bounds of log r: below, the Policy finds the token much less
-                                        likely than the reference does; above, the Reference does
-  k, A, ε, β      sync_every, advantage (B,), epsilon (PPO's clip), beta (of the KL estimate, k3)
---sync_every 0 ends the syncing but keeps the clip; --plain ends both and is the baseline.
-Departures: one reference for ratio and KL (TRL takes the KL to the initial model); population std
-+ 1e-4 (HALOs 1e-2, TRL the sample's); the mean is over all tokens of an update (Shao et al.: per
-response); M_P, M_R per response; the reference lags on one GPU too; k starts anew with new samples.
-    python humanline_grpo.py --model Qwen/Qwen2.5-1.5B-Instruct   (update 1 has unclipped 1)
+    reference, k = 0  0  0  0  0  0      (with --sample_every: the policy that wrote the samples)
+
+  logp, ref_logp, mask  (B, T)  log π_θ, log π_ref (nats) of B responses' T tokens; which are real
+  logratio, perceived   (B, T)  z, and log r: as a human would see it
+  log_eps_P, log_eps_R          the Policy (below), the Reference (above) finds it much less likely
+Sections 1 to 4 are the method; 5 to 8 read data, sample, evaluate and run. --plain, the baseline,
+neither clips nor syncs.
+
+    python humanline_grpo.py --model Qwen/Qwen2.5-1.5B-Instruct
 """
 
 import argparse
-import importlib
+import importlib.util
 import itertools
 import json
 import math
@@ -56,7 +49,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from common import BadInput, Example, check_model, encode, enough_memory, errors_in, micro_batches
+from common import TOO_LARGE, BadInput, Example, check_model, encode, errors_in, micro_batches
 from common import prompt_in, response_logps, sample_responses
 
 # === 1. Perception: how a human would see each token's log-ratio ===
@@ -132,7 +125,7 @@ def policy_logps(model, batch: list[Row], args) -> Iterator[tuple]:
         yield rows, logp, mask
 
 @torch.no_grad()
-@enough_memory()
+@errors_in(TOO_LARGE, torch.OutOfMemoryError)
 def score(model, batch: list[Row], args) -> list[Row]:
     """The batch with ref_logp: what the policy as it is now thinks of its responses."""
     scored = []
@@ -154,7 +147,7 @@ def next_window(model, queue: deque, rollouts, updates: range, args) -> deque:
 
 
 # === 4. One update ===
-@enough_memory()
+@errors_in(TOO_LARGE, torch.OutOfMemoryError)
 def accumulate_gradient(model, batch: list[Row], mode: str, args) -> dict[str, float]:
     """Forward and backward of one update; returns its metrics."""
     groups = {}  # rewards of the responses to each prompt
@@ -206,41 +199,53 @@ def read_file(source: str) -> Iterator[tuple[int, dict]]:
                 yield number, {**json.loads(line)}
     elif source.endswith(".parquet"):
         yield from enumerate(load_dataset("parquet", data_files=source, split="train"), 1)
+    elif Path(source).is_file():
+        raise BadInput("it ends with none of .jsonl, .json (a row a line) and .parquet")
     else:
         name, _, rest = source.partition(":")
         config, _, split = rest.partition(":")
         yield from enumerate(load_dataset(name, config or None, split=split or "train"), 1)
 
-def load_rows(source: str, limit: int | None, tokenizer, reward, args) -> list[Row]:
-    """The first rows of the data, as tokens: of prompts and responses, for rollouts of prompts."""
+def load_rows(source: str, limit: int | None, tokenizer, reward, args) -> tuple:
+    """The first rows of the data as tokens (for rollouts their prompts), how many were too long, a
+    checksum of all as they were read: templates may write the date."""
     read = encode_prompt_row if args.sample_every else encode_row
-    rows, dropped = [], 0
+    rows, too_long, no_use, checksum = [], 0, 0, 0
     with errors_in(source):
         data = itertools.islice(read_file(source), limit)
         for number, row in tqdm(data, "reading", leave=False, delay=2):
             with errors_in(f"row {number} (columns {', '.join(row)})"):
                 found = read(tokenizer, reward, args, row)
-            rows += found
-            dropped += not found
+            rows += found or []
+            too_long += found is None
+            no_use += found == []
+            checksum = zlib.crc32(repr(row).encode(), checksum)
+    if args.sample_every and hasattr(reward, "usable"):  # can it read a row's answer
+        count, rows = len(rows), [row for row in rows if reward.usable(row.source)]
+        no_use += count - len(rows)
     cut = sum(example.cut for row in rows for example in row.examples)
-    print(f"{source}: {len(rows)} rows, {cut} responses cut; {dropped} dropped: too long, no use")
-    return rows
+    print(f"{source}: {len(rows)} rows, {cut} responses cut; dropped: {too_long} too long, "
+          f"{no_use} of no use")
+    return rows, too_long, checksum
 
-def encode_row(tokenizer, reward, args, row: dict) -> list[Row]:
-    """A scored group, or one {prompt, completion, reward}, as tokens; [] is a row to drop."""
+def encode_row(tokenizer, reward, args, row: dict) -> list[Row] | None:
+    """A group, or one {prompt, completion, reward}, as tokens. None: too long; []: no use."""
     name, scores = "completions", "rewards"
     if "all_generated_responses" in row:  # UltraFeedback-ArmoRM
         name, scores = "all_generated_responses", "all_rm_scores"
     texts, rewards = row.get(name), row.get(scores)
     if "completion" in row:
         texts, rewards = [row["completion"]], [row.get("reward")]
-    elif type(texts) != list or type(rewards) != list or not len(texts) == len(rewards) > 1:
-        raise BadInput(f"{name} and {scores} are not two lists of one length, of 2 at least")
+    elif type(texts) != list or type(rewards) != list or not 0 < len(texts) == len(rewards):
+        raise BadInput(f"{name} and {scores} are not two lists of one length")
+    elif len(texts) == 1:
+        return []  # a group of one teaches nothing
     if not all(type(x) in (int, float) and math.isfinite(x) for x in rewards):
         raise BadInput(f"{scores} must be finite numbers, not {rewards!r:.60}")
     examples = [encode(tokenizer, row | {name: text}, name, args) for text in texts]
-    rows = [] if None in examples else zip(examples, rewards)
-    return [Row([e], float(x), source=row if reward else None) for e, x in rows]
+    if None in examples:
+        return None
+    return [Row([e], float(x), source=row if reward else None) for e, x in zip(examples, rewards)]
 
 def hold_out(rows: list[Row], others: list[Row], args) -> tuple[list[Row], list[Row]]:
     """Rows to train on, and those held out, of others if any; no prompt is in both."""
@@ -253,18 +258,22 @@ def hold_out(rows: list[Row], others: list[Row], args) -> tuple[list[Row], list[
     print(f"{len(kept)} rows to train on, {size} prompts held out")
     return kept, [row for row in pool if row.examples[0].prompt in held_out]
 
-def make_batches(rows: list[Row], args) -> list[list[Row]]:
+def make_batches(rows: list[Row], tokenizer, args) -> list[list[Row]]:
     """All batches of the run, of whole groups, filled until none fits; each epoch has its order."""
     by_prompt, batches = {}, []
     for row in rows:
         by_prompt.setdefault(row.examples[0].prompt, []).append(row)
-    groups = [*by_prompt.values()]
+    groups = [group for group in by_prompt.values() if len(group) > 1]
+    print(f"{len(by_prompt) - len(groups)} responses dropped: alone, they teach nothing")
     sizes = [len(group) for group in groups]
-    if min(sizes) < 2 or max(sizes) > args.batch_size:
-        raise BadInput(f"a group of {min(sizes)} or {max(sizes)}: not from 2 to --batch_size")
+    if sum(sizes) < args.batch_size:
+        raise BadInput(f"{sum(sizes)} responses in groups fill no batch; lower --batch_size")
+    if max(sizes) > args.batch_size:
+        prompt = tokenizer.decode(groups[sizes.index(max(sizes))][0].examples[0].prompt)
+        raise BadInput(f"a group of {max(sizes)} is larger than --batch_size: {prompt!r:.200}")
     if all(len({row.reward for row in group}) == 1 for group in groups):
         raise BadInput("rewards are equal within every group: there is nothing to learn")
-    least = len(rows) // args.batch_size  # batches of an epoch, or more
+    least = sum(sizes) // args.batch_size  # batches of an epoch, or more
     for epoch in range(1, (math.ceil(args.steps / least) if args.steps else args.epochs) + 1):
         batch = []
         for group in random.Random(f"{args.seed} {epoch}").sample(groups, len(groups)):
@@ -284,12 +293,11 @@ class Rollouts(NamedTuple):
     prompts: list[Row]  # to train on, in the order of drawing, round and round
     held_out: list[Row]  # prompts to evaluate on
 
-def encode_prompt_row(tokenizer, reward, args, row: dict) -> list[Row]:
-    """The prompt of a row as tokens; [] is a row to drop."""
+def encode_prompt_row(tokenizer, reward, args, row: dict) -> list[Row] | None:
+    """The prompt of a row as tokens; None is a row that is too long."""
     example = encode(tokenizer, row, None, args)
     fits = example and len(example.ids) + args.max_new_tokens <= args.max_length
-    usable = not hasattr(reward, "usable") or reward.usable(row)  # can it read the row's answer
-    return [Row([example], source=row)] if fits and usable else []
+    return [Row([example], source=row)] if fits else None
 
 def roll_out(model, rollouts: Rollouts, rows: list[Row], temperature: float, args) -> tuple:
     """A response (Example), its text and its reward for each prompt in rows. The reward is called
@@ -304,24 +312,29 @@ def roll_out(model, rollouts: Rollouts, rows: list[Row], temperature: float, arg
     columns = {name: [row.source.get(name) for row in rows] for name in names}
     columns |= {"prompts": prompts, "completions": answers,
                 "completion_ids": [example.response for example in examples]}
+    rewards = rollouts.reward(**columns)  # its errors show their own traceback
     with errors_in(f"--reward {args.reward}"):
-        rewards = [float(x) for x in rollouts.reward(**columns)]
+        rewards = [float(x) for x in rewards]
         if len(rewards) != len(rows) or not all(map(math.isfinite, rewards)):
             raise BadInput(f"{len(rewards)} rewards for {len(rows)} responses, or not all finite")
     return examples, texts, rewards
 
 def sample_batches(model, rollouts: Rollouts, updates: range, args) -> list[list[Row]]:
-    """The batches of these updates, which the policy writes now. A group may give no row."""
-    size, share = args.group_size, args.prompts_a_batch
-    drawn = range(updates.start * share, updates.stop * share)
-    prompts = [rollouts.prompts[i % len(rollouts.prompts)] for i in drawn for _ in range(size)]
-    examples, _, rewards = roll_out(model, rollouts, prompts, args.temperature, args)
-    groups = [rows_of_group(examples[i : i + size], rewards[i : i + size])
-              for i in range(0, len(prompts), size)]
-    groups = [rows for rows in groups if rows]
-    if not groups:
-        raise BadInput(f"--reward {args.reward}: equal within all groups; take other prompts")
-    return [sum(groups[i :: len(updates)] or groups[:1], []) for i in range(len(updates))]
+    """The batches of these updates, which the policy writes now. A group may give no row; where no
+    group does, the next prompts are drawn, until all have been."""
+    size, count = args.group_size, len(updates) * args.prompts_a_batch
+    first, everything = updates.start * args.prompts_a_batch, len(rollouts.prompts)
+    for start in range(first, first + everything, count):
+        drawn = [rollouts.prompts[i % everything] for i in range(start, start + count)]
+        prompts = [prompt for prompt in drawn for _ in range(size)]
+        examples, _, rewards = roll_out(model, rollouts, prompts, args.temperature, args)
+        groups = [rows_of_group(examples[i : i + size], rewards[i : i + size])
+                  for i in range(0, len(prompts), size)]
+        groups = [rows for rows in groups if rows]
+        if groups:
+            return [sum(groups[i :: len(updates)] or groups[:1], []) for i in range(len(updates))]
+        tqdm.write(f"rewards are equal within all {count} groups; the next prompts are drawn")
+    raise BadInput(f"--reward {args.reward}: equal within all groups; take other prompts")
 
 def rows_of_group(examples: list[Example], rewards: list[float]) -> list[Row]:
     return [Row([example], reward) for example, reward in zip(examples, rewards)]
@@ -382,7 +395,8 @@ def log(metrics: dict, args) -> None:
     tqdm.write(" | ".join(f"{name} {metrics[name]:.4g}" for name in shown))
     with errors_in(f"--output_dir {args.output_dir}"):
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-        with open(Path(args.output_dir) / "metrics.jsonl", "a") as file:
+        mode = "a" if metrics["step"] else "x"  # another run may have begun here meanwhile
+        with open(Path(args.output_dir) / "metrics.jsonl", mode) as file:
             file.write(json.dumps(metrics) + "\n")
 
 
@@ -418,17 +432,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--humanline", choices=["clip", "sample", "off"], default="clip", help="perception")
     add("--log_eps_P", type=number(-math.inf, 0), default=-1.5, help="lower bound, nats")
     add("--log_eps_R", type=positive, default=1.5, help="upper bound, nats")
-    add("--sync_every", type=count, default=16, help="k: updates between syncs; 0: never")
+    add("--sync_every", type=count, default=16, help="k: updates between syncs, up to n; 0: never")
     add("--plain", action="store_true", help="the baseline: no clipping, no syncing")
     add("--epsilon", type=positive, default=0.2, help="PPO's clip of the ratio (*)")
     add("--beta", type=number(0, equal=True), default=1e-4, help="of the KL estimate")
     add = parser.add_argument_group("rollouts: none without --sample_every").add_argument
-    add("--sample_every", type=count, default=0, help="updates between; --data: prompts. 0: never")
+    add("--sample_every", type=count, default=0, help="every n updates; --data: prompts. 0: never")
     add("--reward", help="FILE.py:FUNCTION; without --sample_every it scores the evaluation only")
-    add("--group_size", type=number(1, kind=int), default=8, help="samples of a prompt, if online")
+    add("--group_size", type=number(1, kind=int), default=8, help="samples of a prompt, never cut")
     add("--temperature", type=positive, default=0.7, help="of samples and their log-probs")
     add("--max_new_tokens", type=size, default=512, help="of a response (*)")
-    add("--gen_batch", type=size, default=128, help="responses at once (*)")
+    add("--gen_batch", type=size, default=128, help="responses at once, in bf16 on CUDA (*)")
     add = parser.add_argument_group("training").add_argument
     add("--steps", type=size, help="updates; None: by --epochs")
     add("--epochs", type=size, default=1, help="passes over the data (*)")
@@ -452,10 +466,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def load_policy(args) -> tuple:
     """The policy without dropout, its tokenizer, and what is saved: it, or its adapters."""
     torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew, up to seconds, for every new shape
-    with errors_in(f"--model {args.model}"), enough_memory("the model is too large"):
+    too_large = errors_in("the model is too large", torch.OutOfMemoryError)
+    with errors_in(f"--model {args.model}"), too_large:
         missing = "/" in args.model and not Path(args.model).exists()
         if missing and (Path(args.model).parent.is_dir() or args.model.count("/") > 1):
             raise BadInput("there is no such folder")
+        if Path(args.model, "adapter_config.json").exists():
+            raise BadInput("these are LoRA adapters; merge them into their base with peft: "
+                           "PeftModel.from_pretrained(base, folder).merge_and_unload()")
         tokenizer = AutoTokenizer.from_pretrained(args.model)
         if args.raw:
             tokenizer.chat_template = None
@@ -481,24 +499,29 @@ def load_policy(args) -> tuple:
             module.cast_input_dtype_enabled = False
     if args.activation_checkpointing:
         model.gradient_checkpointing_enable()
-        model.train()  # it works in training mode only
+        for module in model.modules():  # works in training mode, which others would notice
+            module.training = hasattr(module, "gradient_checkpointing")
     return model, tokenizer, saved
 
 def load_reward(name: str | None) -> Callable:
-    with errors_in(f"--reward takes FILE.py:FUNCTION, not {name}"):
-        path, _, function = name.rpartition(":")
-        sys.path.insert(0, str(Path(path).resolve().parent))  # it may import its neighbours
-        return getattr(importlib.import_module(Path(path).stem), function)
+    path, _, function = (name or "").rpartition(":")
+    file = Path(path).resolve()
+    if file.suffix != ".py" or not file.is_file():
+        raise BadInput(f"--reward takes FILE.py:FUNCTION of a file that is there, not {name}")
+    sys.path.insert(0, str(file.parent))  # it may import its neighbours
+    if "." in file.stem or importlib.util.find_spec(file.stem).origin != str(file):
+        raise BadInput(f"--reward {name}: another module has that name; rename {file.name}")
+    module = importlib.import_module(file.stem)  # its errors show their own traceback
+    with errors_in(f"--reward {name}"):
+        return getattr(module, function)
 
-def identity(rows: list[Row], steps: int, args) -> dict:
+def identity(args, **more) -> dict:
     """What a resumed run has in common with the one before: its data and all flags but those that
     only cut, save or show. --steps and --epochs are not among these: --lr_decay depends on them."""
     free = {"resume", "overwrite", "output_dir", "micro_tokens", "gen_batch", "save_every",
             "eval_every", "activation_checkpointing", "device"}
-    ids = b"".join(example.ids.numpy().tobytes() for row in rows for example in row.examples)
-    data = zlib.crc32(repr([row[1:] for row in rows]).encode(), zlib.crc32(ids))
     run = {name: value for name, value in vars(args).items() if name not in free}
-    return run | {"script": Path(__file__).name, "updates": steps, "data_crc32": data}
+    return run | more | {"script": Path(__file__).name}
 
 def main(args: argparse.Namespace) -> None:
     """Train. Raises BadInput where it cannot."""
@@ -512,19 +535,21 @@ def main(args: argparse.Namespace) -> None:
     model, tokenizer, saved = load_policy(args)
     trained = {name: w for name, w in model.named_parameters() if w.requires_grad}
     optimizer = torch.optim.AdamW(trained.values(), lr=args.lr, weight_decay=0.0, fused=True)
-    rows = load_rows(args.data, args.max_rows, tokenizer, reward, args)
-    others = load_rows(args.eval_data, None, tokenizer, reward, args) if args.eval_data else []
+    rows, too_long, checksum = load_rows(args.data, args.max_rows, tokenizer, reward, args)
+    others = load_rows(args.eval_data, None, tokenizer, reward, args)[0] if args.eval_data else []
     rows, eval_rows = hold_out(rows, others, args)
     if len(rows) < (1 if n else args.batch_size):
-        raise BadInput(f"{len(rows)} rows fill no batch; lower --batch_size or --eval_size")
+        raise BadInput(f"{len(rows)} rows fill no batch; lower --batch_size or --eval_size; "
+                       f"{too_long} were too long: raise --max_length or lower --max_new_tokens")
     prompts = random.Random(args.seed).sample(rows, len(rows))
-    held_out = {row.examples[0].prompt: row for row in eval_rows} if reward else {}
+    held_out = {row.examples[0].prompt: row for row in eval_rows
+                if reward and row.examples[0].prompt_len + args.max_new_tokens <= args.max_length}
     rollouts = Rollouts(tokenizer, reward, prompts, [*held_out.values()])
-    batches = [] if n else make_batches(rows, args)  # they have no reference yet
+    batches = [] if n else make_batches(rows, tokenizer, args)  # they have no reference yet
     steps = len(batches)
     if n:
         steps = args.steps or math.ceil(args.epochs * len(rows) / args.prompts_a_batch)
-    run = identity(rows, steps, args)
+    run = identity(args, updates=steps, rows=len(rows), data_crc32=checksum)
     if args.resume:  # nothing is scored again: the window is in the checkpoint
         with errors_in(f"--resume: {checkpoint}"):
             torch.serialization.add_safe_globals([Row, Example])
@@ -569,7 +594,7 @@ def main(args: argparse.Namespace) -> None:
         # policy: with k = 1 all log-ratios would be 0 and nothing ever clipped.
         if k > 0 and not window:
             window = next_window(model, queue, rollouts, upcoming, args)
-        with enough_memory():  # the first step makes AdamW's averages
+        with errors_in(TOO_LARGE, torch.OutOfMemoryError):  # the first step makes AdamW's averages
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if k == 0 and not window:  # the online baseline; n = 1: log-ratios are 0, gradients are not
@@ -590,7 +615,7 @@ def main(args: argparse.Namespace) -> None:
                 (folder / "checkpoint.tmp").replace(checkpoint)  # whole, or the one before it
     with errors_in(saving):
         saved.save_pretrained(folder / "final")
-        tokenizer.save_pretrained(folder / "final")
+        AutoTokenizer.from_pretrained(args.model).save_pretrained(folder / "final")  # as it came
     print(f"the trained policy is in {folder / 'final'}")
 
 

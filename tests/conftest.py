@@ -36,6 +36,17 @@ def script(request):
     return SCRIPTS[request.param]
 
 
+@pytest.fixture(autouse=True)
+def forget_rewards(tmp_path):
+    """A reward's file is a module, whose name the next test may want."""
+    path = [*sys.path]
+    yield
+    sys.path[:] = path
+    for name, module in [*sys.modules.items()]:
+        if (getattr(module, "__file__", None) or "").startswith(str(tmp_path)):
+            del sys.modules[name]
+
+
 @pytest.fixture(scope="session")
 def policy(tmp_path_factory) -> Path:
     """A tiny random Llama with the toy world's tokenizer."""

@@ -201,14 +201,22 @@ def test_the_prompt_in_a_row():
     assert prompt_in({"completion": "y"}) is None
 
 
+@pytest.mark.parametrize("adds_eos", [False, True])
 @pytest.mark.parametrize("adds_bos", [False, True])
-def test_raw_text(adds_bos):
-    """No template: one BOS where the tokenizer adds one; an EOS."""
+@pytest.mark.parametrize("brings_bos", [False, True])
+def test_raw_text(brings_bos, adds_bos, adds_eos):
+    """No template: one BOS where the tokenizer adds one, or the text has one; no EOS but at the end."""
     tokenizer = make_tokenizer(adds_bos=adds_bos)
-    before = "<bos>" + QUESTION if adds_bos else QUESTION
-    example = encode(tokenizer, QUESTION, " Four.")
+    if adds_eos:
+        specials = [("<bos>", tokenizer.bos_token_id), ("<eos>", tokenizer.eos_token_id)]
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single="<bos> $A <eos>" if adds_bos else "$A <eos>", special_tokens=specials)  # fmt: skip
+    text = "<bos>" + QUESTION if brings_bos else QUESTION
+    before, adds_bos = ("<bos>" + QUESTION, True) if adds_bos or brings_bos else (QUESTION, False)
+    assert encode(tokenizer, text, " Four.") == encode(tokenizer, before, " Four.")
+    example = encode(tokenizer, text, " Four.")
     assert texts(tokenizer, example) == (before, " Four.<eos>")
-    assert encode_prompt(tokenizer, QUESTION) == example[0][: example[1]]
+    assert encode_prompt(tokenizer, text) == example[0][: example[1]]
     assert example[0].count(tokenizer.bos_token_id) == int(adds_bos)
 
 
@@ -244,6 +252,46 @@ def test_response_is_cut_at_its_first_end(template, end, inside):
     tokenizer = make_tokenizer(template)
     example = encode(tokenizer, QUESTION, "Four." + inside.format(end=end), LONG)
     assert texts(tokenizer, example)[1] == "Four." + end
+
+
+# As Meta first published it: the assistant's header is always written.
+LLAMA3 = ("{% set loop_messages = messages %}{% for message in loop_messages %}{% set content = '<|start_header_id|>' + "
+          "message['role'] + '<|end_header_id|>\n\n'+ message['content'] | trim + '<|eot_id|>' %}{% if loop.index0 == 0 %}"
+          "{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}"
+          "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}")
+ROLES = "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content + '<|end|>' }}{% endfor %}"
+OPENERS = ROLES + "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+PLAIN_END = "{% for m in messages %}{{ m.content + '\n' }}{% endfor %}"
+
+
+@pytest.mark.parametrize("template, end", [
+    (LLAMA3, "<|eot_id|>"), (TEMPLATES.get("qwen2_5"), "<|im_end|>"), (TEMPLATES.get("phi3"), "<|end|>"),
+    (TEMPLATES.get("cohere2"), "<|END_RESPONSE|><|END_OF_TURN_TOKEN|>"),
+    (OPENERS, "<|end|>"), (OPENERS + "{{ '<|user|>' }}", "<|end|>"), (PLAIN_END, "<eos>"),
+])  # fmt: skip
+def test_a_turn_ends_before_what_opens_the_next(template, end):
+    """Also with the default system message of Qwen2.5, which opens as all messages do."""
+    if template is None:
+        pytest.skip("trl is not installed")
+    tokenizer = make_tokenizer(template)
+    tokenizer.add_tokens(["<|user|>", "<|assistant|>", "<|end|>"], special_tokens=True)
+    assert tokenizer.decode(common.end_of_turn(tokenizer)[1]) == end
+    assert texts(tokenizer, encode(tokenizer, "Two?", "One,\ntwo."))[1].endswith("One,\ntwo." + end)
+
+
+def test_an_added_token_that_is_not_called_special_ends_a_turn():
+    """Not the tokenizer's EOS, which the template never writes."""
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=BPE, eos_token="<eos>", chat_template=CHATML)
+    tokenizer.add_tokens(["<|im_start|>", "<|im_end|>", "\n"])
+    assert texts(tokenizer, encode(tokenizer, "Two?", "One,\ntwo."))[1] == "One,\ntwo.<|im_end|>"
+    tokenizer.chat_template = PLAIN_END  # white space ends no turn
+    assert texts(tokenizer, encode(tokenizer, "Two?", "One,\ntwo."))[1] == "One,\ntwo.<eos>"
+
+
+@pytest.mark.parametrize("text, cut", [("Four.", False), ("Four.<eos>", False), ("<s>Four</s> of <eos> five.", True)])
+def test_an_end_inside_an_answer_counts_as_cut(text, cut):
+    args = SimpleNamespace(max_length=LONG, system_prompt=None, chat_template_kwargs={})
+    assert common.encode(make_tokenizer(CHATML), {"prompt": "Two?", "chosen": text}, "chosen", args).cut is cut
 
 
 def test_end_of_turn_follows_the_template():
@@ -313,14 +361,69 @@ def test_a_text_that_does_not_arrive_is_refused(role):
         encode(make_tokenizer(template), prompt, ANSWER)
 
 
+CALL = [{"id": "abcdefghi", "type": "function", "function": {"name": "get_weather", "arguments": {"city": "Oslo"}}}]
+RESULT = {"role": "tool", "content": '{"temp": 20}', "name": "get_weather", "tool_call_id": "abcdefghi"}
+
+
+@pytest.mark.skipif(not TEMPLATES, reason="trl is not installed")
+@pytest.mark.parametrize("name, prompt, words", [
+    ("llama3_1", [U("Weather?"), A(None, tool_calls=CALL), RESULT], None),  # written as JSON
+    ("gptoss", [U("Weather?"), A(None, tool_calls=CALL), RESULT], None),
+    ("qwen2_5", [{"role": "human", "content": "Weather?"}], "the human message's content"),
+    ("qwen2_5", [U("Weather?"), A(None, tool_calls=CALL), U("And now?")], None),
+    ("phi3", [U("Weather?"), A("Wait.", tool_calls=CALL), U("And now?")], "the assistant message's tool_calls"),
+    ("phi3", [U("Weather?"), A("Wait."), RESULT, U("And now?")], "the tool message's content"),
+    ("qwen3", [U("One?"), A("<think>hm</think>\n\nTwo."), U("Three?")], None),  # an earlier thought may go
+])  # fmt: skip
+def test_every_message_of_a_prompt_arrives_or_is_refused(name, prompt, words):
+    tokenizer = make_tokenizer(TEMPLATES[name])
+    if words:
+        with pytest.raises(BadInput, match=f"the chat template leaves out {words}"):
+            encode(tokenizer, prompt, "Four.")
+    else:
+        assert texts(tokenizer, encode(tokenizer, prompt, "Four."))[1].count("Four.") == 1
+
+
+@pytest.mark.skipif(not TEMPLATES, reason="trl is not installed")
+@pytest.mark.parametrize("key", ["thinking", "reasoning_content"])
+def test_the_thought_of_an_answer_arrives_or_is_refused(key):
+    tokenizer, answer = make_tokenizer(TEMPLATES["gptoss"]), [A("Four.", **{key: "Two and two."})]
+    assert texts(tokenizer, encode(tokenizer, "Two?", answer))[1] == (
+        "<|channel|>analysis<|message|>Two and two.<|end|><|start|>assistant<|channel|>final<|message|>Four.<|return|>")
+    with pytest.raises(BadInput, match=f"the chat template leaves out the assistant's {key}"):
+        encode(make_tokenizer(TEMPLATES["qwen2_5"]), "Two?", answer)
+
+
+def test_the_switches_of_a_system_message_may_go():
+    """SmolLM3's template takes /think and /no_think out of it, and nothing else may be missing."""
+    template = CHATML.replace("m.content", "(m.content | replace('/no_think', '') | replace('/think', '')).strip()")
+    tokenizer = make_tokenizer(template)
+    for system in ("/no_think Be brief.", "Be brief. /think", "/no_think"):
+        before, _ = texts(tokenizer, encode(tokenizer, [S(system), U("Two?")], "Four."))
+        assert before == chatml(("system", system.replace("/no_think", "").replace("/think", "").strip()), ("user", "Two?"))
+    with pytest.raises(BadInput, match="leaves out the system message's content"):
+        encode(make_tokenizer(template.replace(").strip()", " | replace('brief', ''))")), [S("Be brief. /think"), U("2?")], "4.")
+
+
 def test_a_template_may_trim():
     tokenizer = make_tokenizer(CHATML.replace("m.content", "m.content.strip()"))
     assert texts(tokenizer, encode(tokenizer, " Two?\n", "Four. "))[1] == "Four.<|im_end|>"
 
 
-def test_a_tools_column_is_refused():
-    with pytest.raises(BadInput, match="column tools"):
-        encode(make_tokenizer(CHATML), "1?", "2", row={"tools": [{"name": "add"}]})
+@pytest.mark.parametrize("column", ["tools", "image", "images", "history", "system_prompt", "input"])
+def test_a_column_that_would_change_the_prompt_is_refused(column):
+    tokenizer = make_tokenizer(CHATML)
+    with pytest.raises(BadInput, match=f"the column {column} is left out of the prompt"):
+        encode(tokenizer, "1?", "2", row={column: ["x"]})
+    for empty in ([], "", None):
+        assert encode(tokenizer, "1?", "2", row={column: empty}) == encode(tokenizer, "1?", "2")
+    if column == "input":  # beside a whole dialogue it is not a part of the prompt
+        assert encode(tokenizer, None, [U("1?"), A("2")], row={column: "x"}) == encode(tokenizer, "1?", "2")
+
+
+def test_half_a_character_is_named():
+    with pytest.raises(BadInput, match="half a character .a lone surrogate."):
+        encode(make_tokenizer(CHATML), "1?", "2 \ud83d")
 
 
 DIALOGUES = {  # prompt, chosen: what is read before the last answer
@@ -841,6 +944,15 @@ def test_what_has_not_ended_after_a_round_waits_at_the_end_of_the_queue(monkeypa
     assert [e.ids.tolist() for e in examples] == [
         [*prompt, *range(prompt[-1] + 1, prompt[-1] + 1 + n)] for prompt, n in zip(prompts, lengths)]  # fmt: skip
     assert calls == [(3, 3), (3, 3), (3, 3), (3, 3), (2, 1)]
+
+
+def test_every_token_may_be_sampled():
+    """Of 400 that are nearly alike: no top_k, no top_p."""
+    model = make_model(vocab_size=400)
+    model.lm_head.weight.data.mul_(1e-3)
+    torch.manual_seed(0)
+    examples, _ = common.sample_responses(model, make_tokenizer(), [[5]] * 2000, 1, 1.0, 2000)
+    assert len({e.response[0] for e in examples}) > 390
 
 
 @pytest.mark.parametrize("kind, size", [("pairs", 32), ("labels", 64), ("groups", 64)])

@@ -40,7 +40,19 @@ def tell(*call):
     return call[-1]
 
 def raises(prompts, completions, **columns):
-    raise RuntimeError("boom")
+    return columns["solution"]
+
+def shortage(prompts, completions, **columns):
+    raise __import__("torch").OutOfMemoryError
+
+def unreadable(prompts, completions, **columns):
+    pass
+
+unreadable.usable = lambda row: row["solution"]
+
+def from_the_fourth(prompts, completions, answer, **columns):
+    """Rewards of the prompts 0, 1, 2 and 3 are equal."""
+    return tell(prompts, completions, {"answer": answer}, [i * (int(a) > 3) for i, a in enumerate(answer)])
 
 def none(prompts, completions, **columns):
     return [None for _ in completions]
@@ -385,32 +397,74 @@ def test_the_screen_shows_no_samples(script, online, capsys):
 
 
 @pytest.mark.parametrize("reward, words", [
-    ("raises", "boom"), ("none", "not 'NoneType'"), ("nan", "8 rewards for 8 responses, or not all finite"),
+    ("none", "not 'NoneType'"), ("nan", "8 rewards for 8 responses, or not all finite"),
     ("inf", "or not all finite"), ("few", "1 rewards for 8 responses"), ("missing", "no attribute 'missing'"),
 ])  # fmt: skip
-def test_rewards_that_fail_are_named(online, reward, words):
+def test_what_a_reward_returns_is_checked(online, reward, words):
     with pytest.raises(BadInput) as error:
         online(grpo, "--eval_size", 0, reward=reward)
-    assert words in str(error.value) and f":{reward}: " in str(error.value) and "\n" not in str(error.value)
+    assert words in str(error.value) and f":{reward}" in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("reward, error", [("raises", KeyError), ("shortage", torch.OutOfMemoryError), ("unreadable", KeyError)])
+def test_what_a_reward_raises_is_its_own(online, reward, error):
+    """The traceback with its kind and line is what its author needs."""
+    with pytest.raises(error) as raised:
+        online(dpo, reward=reward)
+    assert raised.traceback[-1].path.name == "reward.py"
+
+
+def test_what_a_reward_s_file_raises_is_its_own(run, tmp_path):
+    (tmp_path / "broken.py").write_text("import nowhere\n")
+    with pytest.raises(ModuleNotFoundError, match="nowhere"):
+        run(dpo, "--sample_every", 1, "--reward", f"{tmp_path}/broken.py:f")
+
+
+@pytest.mark.parametrize("name", ["math.py", "common.py", "re.py", "reward.v2.py"])
+def test_a_reward_s_file_that_python_would_mistake_is_refused(run, tmp_path, name):
+    """Under a name of its own a process that is spawned would not find it."""
+    (tmp_path / name).write_text("def f(completions, **columns):\n    return [0.0] * len(completions)\n")
+    with pytest.raises(BadInput, match=f"another module has that name; rename {name}"):
+        run(dpo, "--sample_every", 1, "--reward", f"{tmp_path / name}:f")
 
 
 @pytest.mark.parametrize("script", [dpo, kto])
-def test_equal_rewards_end_with_an_error(script, online):
+def test_where_all_rewards_are_equal_the_next_prompts_are_drawn(script, online, capsys, tmp_path):
+    """22 prompts in the order of drawing, three updates of one: what no group of an update teaches is passed by, with
+    one line each; only when all prompts have been drawn in vain does the run end."""
+    more = ("--batch_size", 1 if script is dpo else 4, "--steps", 3, "--eval_size", 0)
+    lines = online(script, *more, reward="from_the_fourth")
+    drawn = [int(columns["answer"][0]) for _, _, columns, _ in lines_of(tmp_path / "calls.jsonl")]
+    assert len(lines) == 4 and sum(number > 3 for number in drawn) == 3  # each update has its prompt
+    said = capsys.readouterr().out.count("rewards are equal within all 1 groups; the next prompts are drawn")
+    assert said == len(drawn) - 3
     with pytest.raises(BadInput, match="--reward .*:equal: equal within all groups; take other prompts"):
-        online(script, reward="equal")
+        online(script, *more, "--overwrite", reward="equal")
+    assert capsys.readouterr().out.count("the next prompts are drawn") == 24
+
+
+def test_held_out_prompts_without_room_are_not_sampled(script, run, data, tmp_path):
+    """Offline too: max_new_tokens more would leave the context."""
+    (tmp_path / "reward.py").write_text(REWARD)
+    rows = [row | {"prompt": row["prompt"] + "a" * (30 * (i % 2))} for i, row in enumerate(lines_of(data[script.__name__[10:]]))]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    first = run(script, "--data", path, "--reward", f"{tmp_path / 'reward.py'}:length", "--max_new_tokens", 40,
+                "--eval_size", 8, "--steps", 1)[0]  # fmt: skip
+    sampled = {prompt for prompt, *_ in first["samples_greedy"]}
+    assert 0 < len(sampled) < 8 and all(len(prompt) < 30 for prompt in sampled)
 
 
 def test_rows_whose_answer_the_reward_cannot_read_are_dropped_and_counted(online, tmp_path, capsys):
     online(grpo, "--steps", 3, reward="readable")
-    assert "prompts.jsonl: 23 rows, 0 responses cut; 1 dropped: too long, no use" in capsys.readouterr().out
+    assert "prompts.jsonl: 23 rows, 0 responses cut; dropped: 0 too long, 1 of no use" in capsys.readouterr().out
     calls = lines_of(tmp_path / "calls.jsonl")
     assert "5" not in {answer for *_, columns, _ in calls for answer in columns["answer"]}
 
 
 def test_sampling_needs_a_reward_and_room(run, online, tmp_path):
-    for flags, words in ((), "--reward takes FILE.py:FUNCTION, not None"), (("--reward", "x.py:f"), "FUNCTION, not x.py:f"):
+    for flags, words in ((), "FILE.py:FUNCTION of a file .* not None"), (("--reward", "x.py:f"), "FUNCTION .* not x.py:f"):
         with pytest.raises(BadInput, match=words):
             run(dpo, "--sample_every", 1, *flags)
-    with pytest.raises(BadInput, match="0 rows fill no batch"):
+    with pytest.raises(BadInput, match="0 rows fill no batch; .* 24 were too long: raise --max_length or lower --max_new_tok"):
         online(dpo, "--max_new_tokens", 60)
     assert not (tmp_path / "run").exists()

@@ -16,7 +16,7 @@ OF_ONE = {"dpo": {"dpo_loss", "import torch.nn.functional as F"},
           "grpo": {"k3", "grpo_loss", "group_advantages", "math_reward", "final_answer", "usable", "math_reward.usable",
                    "import functools", "import re", "import statistics",
                    "from torch.utils.data import DataLoader"}}  # fmt: skip
-LINES = {"humanline_dpo.py": 540, "humanline_kto.py": 575, "humanline_grpo.py": 605, "common.py": 320}
+LINES = {"humanline_dpo.py": 540, "humanline_kto.py": 575, "humanline_grpo.py": 605, "common.py": 324}
 REWARDS = ("math_reward", "final_answer", "usable", "math_reward.usable")
 
 
@@ -66,7 +66,7 @@ def test_budgets(name):
     assert max(map(len, lines)) <= 100
     assert sum(map(len, full)) / len(full) <= 66  # more reads as golfed
     tree = ast.parse(read(name))
-    assert tree.body[0].end_lineno <= 45  # the docstring
+    assert tree.body[0].end_lineno <= 26  # the docstring
     functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
     if "main" in functions:
         assert functions["main"].end_lineno - functions["main"].lineno < 100

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, OPTConfig, OPTForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, OPTConfig, OPTForCausalLM
 from transformers.models.opt.modeling_opt import OPTAttention
 
 import common
@@ -46,7 +46,7 @@ def update(model, optimizer, loss, step, lr, warmup, sync=lambda: None):
 
 def read(script, policy, args):
     """All rows of --data as tokens."""
-    return script.load_rows(args.data, args.max_rows, AutoTokenizer.from_pretrained(policy), None, args)
+    return script.load_rows(args.data, args.max_rows, AutoTokenizer.from_pretrained(policy), None, args)[0]
 
 
 def labelled(batch):
@@ -331,13 +331,13 @@ def test_a_ragged_batch_is_left_out_and_epochs_differ(script, flags, policy):
     args = script.parse_args(flags(script, "--batch_size", 11, "--epochs", 2))
     args.steps = None
     rows, size = read(script, policy, args), 10 if script is grpo else 11  # groups of two are whole
-    batches = script.make_batches(rows, args)
+    batches = script.make_batches(rows, None, args)
     count = len(rows) // size
     assert [len(batch) for batch in batches] == [size] * 2 * count
     first, second = (list(map(str, sum(half, []))) for half in (batches[:count], batches[count:]))
     assert len(set(first)) == len(first) and first != second and first != list(map(str, rows))[: len(first)]
     args.steps = count + 1  # of as many epochs as it takes
-    assert str(script.make_batches(rows, args)) == str(batches[: count + 1])
+    assert str(script.make_batches(rows, None, args)) == str(batches[: count + 1])
 
 
 def test_held_out_prompts_are_never_trained_on(script, flags, policy, run, spy, tmp_path):
@@ -446,6 +446,48 @@ def test_peak_memory_is_of_the_update(script, run, monkeypatch):
         assert peaks == ([1, 1, 1, 1] if device == "cuda" else [0, 0, 0, 0])  # scoring came before
 
 
+@pytest.mark.parametrize("family, more", [
+    ("mixtral", {"router_jitter_noise": 0.1, "num_local_experts": 4}),
+    ("phimoe", {"input_jitter_noise": 0.1, "router_jitter_noise": 0.01, "num_local_experts": 4}),
+])  # fmt: skip
+def test_router_noise_is_off_with_activation_checkpointing(run, policy, tmp_path, family, more):
+    """Of the modules only those that checkpoint are in training mode, and they do."""
+    tokenizer = AutoTokenizer.from_pretrained(policy)
+    config = AutoConfig.for_model(family, vocab_size=len(tokenizer), hidden_size=32, intermediate_size=32, num_hidden_layers=2,
+                                  num_attention_heads=2, num_key_value_heads=2, num_experts_per_tok=2, **more)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    runs = [run(dpo, "--model", tmp_path / "model", "--steps", 2, "--overwrite", *flags)
+            for flags in ((), ("--activation_checkpointing",))]  # fmt: skip
+    assert [lines[1]["abs_logratio"] for lines in runs] == [0, 0]
+    assert runs[0][2]["loss"] == pytest.approx(runs[1][2]["loss"], abs=1e-6)
+
+
+def test_activation_checkpointing_computes_layers_again(script, flags):
+    calls = []
+    for more in ((), ("--activation_checkpointing",)):
+        model, _, _ = script.load_policy(script.parse_args(flags(script, *more)))
+        calls.append(0)
+
+        def count(*_):
+            calls[-1] += 1
+
+        for layer in model.base_model.layers:
+            layer.mlp.register_forward_pre_hook(count)
+        logp, _ = common.response_logps(model, [example([*range(4, 20)], 3)])
+        logp.sum().backward()
+        training = {type(module).__name__ for module in model.modules() if module.training}
+        assert training == ({"LlamaModel", "LlamaDecoderLayer"} if more else set())
+    assert calls == [2, 4]  # two layers
+
+
+def test_raw_keeps_the_chat_template_in_final(script, run, policy, tmp_path):
+    run(script, "--raw", "--steps", 1)
+    template = AutoTokenizer.from_pretrained(tmp_path / "run/final").chat_template
+    assert template and template == AutoTokenizer.from_pretrained(policy).chat_template
+
+
 def test_cudnn_attention_is_off(script, flags):
     """It plans anew for every shape."""
     torch.backends.cuda.enable_cudnn_sdp(True)
@@ -486,9 +528,9 @@ def test_little_padding_on_gsm8k(script, policy, monkeypatch):
         short = [example([*e.prompt[::4], *e.response[::4]], -(-e.prompt_len // 4)) for e in row.examples]
         rows[i] = row._replace(examples=short)
     monkeypatch.setattr(script, "response_logps", watch)
-    for batch in script.make_batches(rows, args)[:4]:
+    for batch in script.make_batches(rows, None, args)[:4]:
         assert len(list(script.policy_logps(None, batch, args))) < len(batch)
-    alone = [[[len(e.ids) for e in row.examples] for row in batch] for batch in script.make_batches(rows, args)[:4]]
+    alone = [[[len(e.ids) for e in row.examples] for row in batch] for batch in script.make_batches(rows, None, args)[:4]]
     own = padding(sum(alone, [])) if script is dpo else 0.065
     assert own < 0.085 and padding(lengths) < own + 0.04
 
@@ -532,7 +574,7 @@ def test_groups_of_any_size_and_form(policy, tmp_path):
     path = write_jsonl(tmp_path / "rows.jsonl", rows)
     args = grpo.parse_args(["--model", "x", "--data", str(path), "--batch_size", "8", "--epochs", "3", "--device", "cpu"])
     model = load(policy)
-    for batch in grpo.make_batches(read(grpo, policy, args), args):
+    for batch in grpo.make_batches(read(grpo, policy, args), None, args):
         groups = {prompt: [row for row in batch if row.examples[0].prompt == prompt] for prompt in prompts_of(batch)}
         assert sorted(map(len, groups.values())) in ([3, 3], [3, 4], [4, 4])
         found = grpo.accumulate_gradient(model, grpo.score(model, batch, args), "clip", args)
@@ -545,18 +587,17 @@ def test_groups_of_any_size_and_form(policy, tmp_path):
     assert [row.reward for row in responses] == [0.1, 0.2, 0.3]
 
 
-@pytest.mark.parametrize("groups, words", [
-    ([1, 2], "a group of 1 or 2"), ([2, 9], "a group of 2 or 9"), ([2, 3], None),
-])  # fmt: skip
-def test_a_group_of_one_is_refused(policy, tmp_path, groups, words):
-    rows = [{"prompt": f"a{g}", "completion": str(i), "reward": i} for g, n in enumerate(groups) for i in range(n)]
+@pytest.mark.parametrize("form", ["rows", "lists"])
+def test_a_group_of_one_is_dropped_and_counted(policy, tmp_path, capsys, form):
+    """It teaches nothing. A larger group than a batch is refused by its prompt (test_inputs)."""
+    rows = [{"prompt": f"a{g}", "completion": str(i), "reward": i} for g, n in enumerate([1, 2, 3]) for i in range(n)]
+    if form == "lists":
+        rows = [{"prompt": f"a{n}", "completions": ["b", "c", "d"][:n], "rewards": [0, 1, 2][:n]} for n in (1, 2, 3)]
     path = write_jsonl(tmp_path / "rows.jsonl", rows)
     args = grpo.parse_args(["--model", "x", "--data", str(path), "--batch_size", "5"])
-    if words:
-        with pytest.raises(common.BadInput, match=words):
-            grpo.make_batches(read(grpo, policy, args), args)
-    else:
-        assert [len(batch) for batch in grpo.make_batches(read(grpo, policy, args), args)] == [5]
+    assert [len(batch) for batch in grpo.make_batches(read(grpo, policy, args), None, args)] == [5]
+    out = capsys.readouterr().out
+    assert ("1 of no use" if form == "lists" else "1 responses dropped: alone, they teach nothing") in out
 
 
 # --- KTO's classes and mismatched pairs ---

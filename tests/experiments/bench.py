@@ -205,8 +205,8 @@ def measure_trl(spec: dict) -> dict:
     method, (script, args) = spec["method"], script_for(spec)
     tokenizer = script.AutoTokenizer.from_pretrained(spec["model"])
     with contextlib.redirect_stdout(sys.stderr):
-        rows = script.load_rows(args.data, None, tokenizer, True, args)  # True: it keeps their texts
-    batches = script.make_batches(rows, args)[: spec["updates"]]
+        rows, _, _ = script.load_rows(args.data, None, tokenizer, True, args)  # True: it keeps their texts
+    batches = script.make_batches(rows, tokenizer, args)[: spec["updates"]]
     rows = [row for batch in batches for row in batch]
     roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant", "completion": "assistant"}
 
