@@ -29,7 +29,7 @@ LINES = {"initial": "initial policy", "plain": "plain", "humanline": "humanline"
 class OneBar(tqdm):
     """The bar of training, without those of what is done between two updates."""
 
-    def __init__(self, items, desc, **flags):
+    def __init__(self, items=None, desc=None, **flags):
         super().__init__(items, desc, disable=desc != "training", **flags)
 
 def say(text: str) -> None:
