@@ -1,8 +1,6 @@
-"""The experiments' own arithmetic, and their code on a tiny policy: evidence, demo, plots, bench."""
+"""The experiments' own arithmetic, and their code on a tiny policy: evidence, pages, demo, plots, bench."""
 
-import json
-import shlex
-import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -14,250 +12,195 @@ import demo
 import evidence
 import humanline_dpo
 import humanline_kto
+import pages
 import plot
 import real_model
-from conftest import ROOT, SCRIPTS, write_jsonl
-from evidence import CHOICE, SEEDS, START, Page, Run, real
+from conftest import SCRIPTS, write_jsonl
+from evidence import CHOICE, INITIAL, SEEDS, Cell, Run, cell_of
 
-CELLS = [cell for part in evidence.PARTS.values() for cell in part]
-
-
-# --- evidence: which runs there are -------------------------------------------------------------------
+DPO = cell_of("dpo", "main", "plain")
 
 
-@pytest.mark.parametrize("cell", CELLS, ids=lambda cell: " ".join(cell[:6]))
-def test_every_run_is_a_command_that_its_script_takes(cell, tmp_path):
-    """Only flags, and those of the cell: n and k, perception, decay, the seed, the rate."""
-    args = SCRIPTS[cell.method].parse_args(cell._replace(lr="3e-4", seed=2).argv("cpu", tmp_path))
-    assert args.sample_every == {"offline": 0, "online": 1, "every 16": 16, "every 64": 64}[cell.source]
-    perception = {"plain": "off", "synced only": "off", "humanline sampling": "sample"}.get(cell.variant, "clip")
-    assert (args.humanline, args.sync_every) == (perception, int(cell.k or 0))
-    assert (args.seed, args.lr, args.beta, args.lr_decay) == (2, 3e-4, float(cell.beta), True)
-    assert args.lora_rank == (16 if cell.task in ("sentiment", "sums") else 0)
-    assert f"/{cell.task}-2/" in args.data and ("prompts" in args.data) == (args.sample_every > 0)
-    assert cell.task in args.reward or "math_reward" in args.reward
+def tried(cell: Cell, k: str, scores: dict, kl: float = 1.0) -> dict:
+    """Results on the seed that chooses, by rate."""
+    return {Run(cell.method, cell.way, cell.beta, k, lr, CHOICE): {"score": x, "kl": kl} for lr, x in scores.items()}
 
 
-def test_no_seed_that_chose_is_reported():
-    assert CHOICE not in SEEDS and len(SEEDS) >= 3
-    assert not {CHOICE, *SEEDS} & {10, 11, 12}  # the toys' flags were found on these
+PEAK = {"5e-4": 0.1, "1e-3": 0.3, "2e-3": 0.2}
 
 
-def scores(cell: Run, of: dict) -> dict:
-    """Results of a cell's runs on the seed that chooses."""
-    return {cell._replace(lr=lr, seed=CHOICE): {"score": x, "kl": 1.0} for lr, x in of.items()}
+def test_every_run_is_a_command_that_its_script_takes(tmp_path):
+    """Only flags, and those of the cell; no seed that chose is reported."""
+    for cell in [cell for cell in evidence.CELLS if cell.part != "initial"]:
+        run = evidence.ladders(cell)[0][0]._replace(lr="3e-4", seed=2)
+        args = SCRIPTS[cell.method].parse_args(evidence.argv(run, tmp_path, "cpu"))
+        assert args.sample_every == (1 if cell.way == "online" else 8 if "every 8" in cell.way else 0)
+        off = cell.way in ("plain", "online", "plain, every 8", "synced only")
+        assert args.humanline == ("off" if off else "sample" if "sampling" in cell.way else "clip")
+        assert (args.sync_every, args.beta) == (int(run.k), float(run.beta))
+        assert (args.seed, args.lr, args.lr_decay, args.lora_rank) == (2, 3e-4, True, 16)
+        assert ("prompts" in args.data) == (args.sample_every > 0) and CHOICE not in cell.seeds
 
 
-def test_a_rate_is_known_when_its_neighbours_are_worse():
-    cell = real("dpo")
-    assert evidence.untried(evidence.tried(cell, {})) == list(START) and evidence.runs_of(cell, {}) == []
-    rising = scores(cell, {"5e-4": 0.1, "1e-3": 0.2, "2e-3": 0.3})
-    assert evidence.untried(evidence.tried(cell, rising)) == ["5e-3"]
-    peak = rising | scores(cell, {"5e-3": 0.25})
-    assert evidence.untried(evidence.tried(cell, peak)) == []
-    assert evidence.runs_of(cell, peak) == [cell._replace(lr="2e-3", seed=seed) for seed in SEEDS]
-    falling = scores(cell, {"5e-4": 0.3, "1e-3": 0.2, "2e-3": 0.1})
-    assert evidence.untried(evidence.tried(cell, falling)) == ["2e-4"]
+def test_a_rate_is_chosen_when_its_neighbours_are_worse_and_it_writes_sentences():
+    def asks_for(results):
+        return [run.lr for run in evidence.choice(DPO, results)[1]]
+
+    assert asks_for({}) == [*PEAK] and evidence.runs_of(DPO, {}) == []
+    assert asks_for(tried(DPO, "0", PEAK | {"2e-3": 0.4})) == ["5e-3"]
+    assert asks_for(tried(DPO, "0", PEAK | {"5e-4": 0.4})) == ["2e-4"]
+    gibberish = tried(DPO, "0", {"5e-3": 0.9}, kl=evidence.LIMIT + 1)
+    runs = evidence.runs_of(DPO, tried(DPO, "0", PEAK) | gibberish)
+    assert [(run.lr, run.seed) for run in runs] == [("1e-3", seed) for seed in SEEDS]
 
 
-def test_a_rate_that_ends_in_gibberish_is_not_chosen():
-    runs = evidence.tried(real("dpo"), scores(real("dpo"), {"5e-4": 0.1, "1e-3": 0.3, "2e-3": 0.2, "5e-3": 0.9}))
-    assert evidence.best_rate(runs) == "5e-3" and evidence.untried(runs) == ["1e-2"]
-    runs["5e-3"]["kl"] = evidence.LIMIT + 1
-    assert evidence.best_rate(runs) == "1e-3" and evidence.untried(runs) == []
+def test_k_is_chosen_with_its_rate_and_not_before_all_have_been_tried():
+    cell = cell_of("grpo", "main", "humanline")
+    some = tried(cell, "1", PEAK) | tried(cell, "4", PEAK | {"1e-3": 0.5})
+    setting, missing = evidence.choice(cell, some)
+    assert setting is None and {run.k for run in missing} == {"16"}
+    setting, _ = evidence.choice(cell, some | tried(cell, "16", PEAK))
+    assert (setting.k, setting.lr) == ("4", "1e-3")
 
 
-def test_whose_rate_a_cell_has():
-    """Plain has its own at each β; all else that of humanline at β = 1 and its k."""
-    best = real("dpo", variant="humanline")
-    for cell in [real("dpo", variant=v) for v in evidence.VARIANTS if v != "plain"] + [
-            real("dpo", variant="humanline", beta="0.03"), real("dpo", variant="humanline", k="16")]:
-        assert evidence.tuned(cell) == best
-    assert evidence.tuned(real("dpo", beta="0.1")) == real("dpo", beta="0.1") != real("dpo")
-    assert evidence.tuned(real("grpo", variant="humanline", k="16")) == real("grpo", variant="humanline")
+def test_all_is_run_once_the_choice_first(monkeypatch, tmp_path):
+    """With threads that train nothing; what is done is not done again, and the runs alone wait for the choice."""
+    def work(run, device, threads):
+        return {"run": run, "score": {**PEAK, "2e-3": 0.4}.get(run.lr, 0.0), "kl": 1.0, "wall": 0}
+
+    monkeypatch.setattr(evidence, "CELLS", [DPO])
+    monkeypatch.setattr(evidence, "MAIN", [DPO])
+    monkeypatch.setattr(evidence, "STORE", tmp_path / "evidence.jsonl")
+    monkeypatch.setattr(evidence, "ProcessPoolExecutor", lambda jobs, context: ThreadPoolExecutor(jobs))
+    monkeypatch.setattr(evidence, "work", work)
+    assert evidence.wanted(["cost"], {}) == [INITIAL]
+    for _ in range(2):
+        evidence.run_all(["main"], "cpu", jobs=2)
+        runs = [tuple(line["run"]) for line in real_model.read(evidence.STORE)]
+        assert runs[0] == INITIAL and {run[4] for run in runs[1:4]} == {*PEAK} and runs[4][4] == "5e-3"
+        assert {run[4:6] for run in runs[5:]} == {("2e-3", seed) for seed in SEEDS} and len(runs) == 10
+    evidence.run_all(["cost"], "cpu", jobs=1)
+    assert [run for run in evidence.finished() if run.alone] == [Run(*runs[5])._replace(seed=1, alone=True)]
 
 
-def test_what_is_wanted_next():
-    """The initial policy, the rates, then the seeds; the toys have their flags; nothing twice, nothing done."""
-    cell, k = real("dpo", variant="humanline"), real("dpo", variant="humanline", k="4")
-    first = evidence.wanted(["k"], {})
-    assert first[0].method == "initial" and first[1:4] == list(scores(cell, dict.fromkeys(START, 0)))
-    assert len(first) == len(set(first)) == 7  # DPO's and GRPO's rates, which all k share
-    known = scores(cell, {"5e-4": 0.1, "1e-3": 0.2, "2e-3": 0.1})
-    then = evidence.wanted(["k"], known)
-    assert [run for run in then if run[:6] == k[:6]] == [k._replace(lr="1e-3", seed=seed) for seed in SEEDS]
-    assert not set(then) & set(known)
-    toys = evidence.wanted(["toy"], {})
-    assert len(toys) == len(evidence.TOY) * len(SEEDS) and all(run.lr and run.seed in SEEDS for run in toys)
+def test_the_given_rates_are_those_of_humanline():
+    setting, missing = evidence.choice(cell_of("dpo", "main", "humanline"), evidence.finished())
+    given = {cell.lr for cell in evidence.CELLS if cell.part in ("beta", "parts") and cell.lr}
+    assert not missing and given == {setting.lr}
 
 
 def test_a_broken_line_is_done_again(monkeypatch, tmp_path):
-    run = real("dpo")._replace(lr="1e-3", seed=1)
-    path = write_jsonl(tmp_path / "evidence.jsonl", [{"run": run, "score": 0.5}])
-    path.write_text(path.read_text() + '{"run": ["senti')
+    path = write_jsonl(tmp_path / "evidence.jsonl", [{"run": INITIAL, "score": 0.5}])
+    path.write_text(path.read_text() + '{"run": ["dpo')
     monkeypatch.setattr(evidence, "STORE", path)
-    assert evidence.finished() == {run: {"run": list(run), "score": 0.5}}
+    assert evidence.finished() == {INITIAL: {"run": list(INITIAL), "score": 0.5}}
 
 
-# --- evidence: numbers --------------------------------------------------------------------------------
-
-
-def test_intervals_and_verdicts():
+def test_intervals_and_verdicts_by_hand():
     # mean 1, standard error 1 / √3 = 0.5774; t = 4.303
-    assert evidence.interval([0.0, 1.0, 2.0]) == pytest.approx((1, -1.484, 3.484), abs=1e-3)
-    found = [evidence.verdict(x) for x in ((1, 0.1, 2), (-1, -2, -0.1), (1, -0.1, 2))]
-    assert found == ["above 0", "below 0", "includes 0"]
+    assert pages.interval([0.0, 1.0, 2.0]) == pytest.approx((-1.484, 3.484), abs=1e-3)
+    around = {0.0: "no difference", 0.2: "above", -0.2: "below"}  # ± 0.04: in this order
+    assert {x: pages.verdict([x - 0.0161, x, x + 0.0161]) for x in around} == around
+    assert pages.verdict([0.01, 0.03, 0.05]) == "not decided" == pages.verdict([-0.01, 0.03, 0.03])
+    assert pages.verdict([0.01, 0.03, 0.05], as_good=True) == "not worse"
+    assert pages.verdict([]) == "not run" and pages.verdict([1.0]) == "not decided"
+    assert [pages.text_of(x, sign=True) for x in (-0.124, 0.1, -0.004)] == ["−0.12", "+0.10", "0.00"]
 
 
-def test_no_rounding_hides_a_sign():
-    assert [evidence.number(x, sign=True) for x in (-0.004, 0.125, 0.0003, 0.0)] == ["−0.004", "+0.12", "+0.0003", "0.00"]
-    assert evidence.number(0.5) == "0.50"
-
-
-def test_win_rate_by_hand():
-    """Two prompts, two samples: prompt 0 has 1, 3 against 2, 2; prompt 1 has 5, 5 against 5, 0."""
-    assert evidence.win_rate([1, 5, 3, 5], [2, 5, 2, 0], samples=2) == (2 / 4 + 3 / 4) / 2
-
-
-def many(cell: Run, lr: str, of: list[tuple[float, float]]) -> dict:
-    """Results over SEEDS: (score, kl) each."""
-    return {cell._replace(lr=lr, seed=seed): {"score": x, "kl": kl, "greedy": ["a"] * 5} for seed, (x, kl) in zip(SEEDS, of)}
-
-
-@pytest.fixture
-def page():
-    """DPO with all that its row needs: plain at β = 1 has a KL of 1, at β = 0.1, which seed 0 prefers, of 3."""
-    results = {evidence.INITIAL["sentiment"]: {"score": 0.0, "kl": 0.0, "greedy": ["b"] * 5}}
-    results |= many(real("dpo", beta="0.03"), "1e-3", [(0.4, 4.0), (0.4, 4.0), (0.4, 4.0)])
-    for cell, x in ((real("dpo"), 0.2), (real("dpo", beta="0.1"), 0.4), (real("dpo", beta="0.03"), 0.3),
-                    (real("dpo", variant="humanline"), 0.9)):
-        results |= scores(cell, {"5e-4": 0.0, "1e-3": x, "2e-3": 0.0})
-    results |= many(real("dpo"), "1e-3", [(0.2, 1.0), (0.3, 1.0), (0.2, 1.0)])
-    results |= many(real("dpo", beta="0.1"), "1e-3", [(0.4, 3.0), (0.5, 3.0), (0.4, 3.0)])
-    results |= many(real("dpo", variant="humanline"), "1e-3", [(0.5, 2.0), (0.6, 2.0), (0.5, 9.0)])
-    return Page(results)
-
-
-def test_the_best_beta_of_plain_is_chosen_on_the_seed_that_is_not_reported(page):
-    assert page.plain("dpo")[0] == real("dpo", beta="0.1") and page.plain("kto") == []
-
-
-def test_differences_are_paired(page):
-    """0.3 in each seed but for rounding: no spread."""
-    assert page.difference(real("dpo", variant="humanline"), real("dpo")) == "+0.30 [+0.30, +0.30]: above 0"
-    assert page.difference(real("kto"), real("dpo")) == "not run" == page.cell(real("kto"))
-    assert page.cell(real("dpo")).endswith("(1.0)") and page.cell(evidence.INITIAL["sentiment"]) == "0.00"
-
-
-def test_the_frontier_by_hand(page):
-    """Seeds 1 and 2: plain has 0.3 and 0.4 at a KL of 2; seed 3 lies beyond plain's last point, 0.4 at 4."""
-    gaps = evidence.interval([0.5 - 0.3, 0.6 - 0.4, 0.5 - 0.4])
-    found = page.frontier("dpo")
-    assert found.startswith(f"DPO {evidence.bounds(gaps, True)}: {evidence.verdict(gaps)}") and "1 of 3 seeds" in found
+def test_plains_line_by_hand():
+    """From 0 at a KL of 0 by 0.2 at 1 and 0.3 at 2.5 to 0.4 at 3; humanline's KLs are 0.5, 2 and, beyond the last, 9."""
+    results, kls = {INITIAL: {"score": 0.0}}, {"1": 1.0, "0.1": 3.0, "0.03": 2.5}
+    scores = {"1": 0.2, "0.1": 0.4, "0.03": 0.3}
+    for cell in [cell for cell in evidence.CELLS if cell.method == "dpo" and cell.part in ("main", "beta")]:
+        results |= tried(cell, cell.k, PEAK)
+        for run, kl in zip(evidence.runs_of(cell, results), (0.5, 2.0, 9.0)):
+            plain = {"score": scores[cell.beta], "kl": kls[cell.beta]}
+            results[run] = plain if cell.way == "plain" else {"score": 0.5, "kl": kl}
+    line = {1: 0.1, 2: 0.2 + 0.1 / 1.5, 3: 0.4}
+    assert evidence.plains_line("dpo", results) == pytest.approx(line)
+    assert evidence.differences(evidence.EQUAL_KL, "dpo", results) == pytest.approx([0.5 - x for x in line.values()])
+    assert evidence.differences(evidence.ABOVE_PLAIN, "dpo", results) == pytest.approx([0.3] * 3)
 
 
 def test_the_pages_have_the_numbers_of_the_results():
-    found, seen = evidence.tables(Page(evidence.finished())), set()
-    for path, limit in zip(evidence.PAGES, (200, 150)):
+    found, seen = evidence.tables(evidence.finished()), set()
+    for path, limit in zip(evidence.PAGES, (200, 135)):
         text = path.read_text()
-        assert evidence.fill(text, found) == text  # else: ./run.sh reproduce --pages
+        assert pages.fill(text, found) == text  # else: ./run.sh reproduce --pages
         assert len(text.splitlines()) <= limit
         seen |= {name for name in found if f"<!-- {name} -->" in text}
     assert seen == set(found)
 
 
-def test_a_table_takes_the_place_of_the_one_before():
-    text = "words <!-- a -->\n\nold\nlines\n\n<!-- b -->\nold\n\nmore\n"
-    assert evidence.fill(text, {"a": "new", "b": ""}) == "words <!-- a -->\n\nnew\n\n<!-- b -->\nnot run\n\nmore\n"
-
-
-# --- evidence and demo on a tiny policy; the real model -----------------------------------------------
-
-
 @pytest.fixture
 def tiny(policy, monkeypatch, tmp_path):
-    """The tiny policy in the place of SmolLM2, three updates, short responses."""
+    """The tiny policy in the place of SmolLM2, two updates, short responses."""
     for module in (real_model, demo):
         monkeypatch.setattr(module, "MODEL", policy)
-    monkeypatch.setattr(demo, "OUT", tmp_path / "demo")
-    monkeypatch.setattr(demo, "UPDATES", 2)
-    monkeypatch.setattr(demo, "ROOT", tmp_path)
-    monkeypatch.setattr(evidence, "WORK", tmp_path / "work")
     monkeypatch.setattr(real_model, "TOKENS", 4)
-    monkeypatch.setitem(evidence.UPDATES, "sentiment", 2)
-    monkeypatch.setitem(evidence.UPDATES, "sums", 2)
-    monkeypatch.setitem(evidence.FLAGS, "sentiment", f"{evidence.REAL} --max_new_tokens 4 --max_length 256")
-    monkeypatch.setitem(evidence.FLAGS, "sums", f"{evidence.REAL} --max_new_tokens 4 --max_length 256")
+    monkeypatch.setattr(evidence, "FLAGS", f"{evidence.FLAGS} --steps 2 --max_new_tokens 4 --max_length 256")
+    monkeypatch.setattr(evidence, "WORK", tmp_path / "work")
+    monkeypatch.setattr(evidence, "STORE", tmp_path / "evidence.jsonl")
 
 
-@pytest.mark.parametrize("cell", [real("dpo", variant="humanline"), real("kto"), real("grpo", "online"),
-                                  real("grpo", "every 16", "humanline", task="sums")], ids=lambda cell: " ".join(cell[:4]))
-def test_a_run_leaves_its_numbers(tiny, cell):
-    run = cell._replace(lr="1e-3", seed=1)
-    evidence.build(run)
-    found = evidence.work(run, "cpu", 0)
-    assert {"run", "score", "kl", "greedy", "loss", "unclipped", "seconds", "wall", "machine", "torch"} <= set(found)
-    assert len(found["greedy"]) == 5 and abs(found["kl"]) < 5
-    assert (found["kl"] != 0) == (cell.method != "grpo")  # letters have no sentiment: all advantages are 0
-    json.dumps(found)
+def test_runs_leave_their_numbers(tiny):
+    """Synced only clips nothing, and counts what a clip would have met: as many as with it at these small rates."""
+    runs = [INITIAL, *(Run("dpo", way, "1", "1", "0.3", 1) for way in ("humanline", "synced only")),
+            Run("grpo", "online", "0", "0", "1e-3", 1)]
+    initial, clipped, synced, online = (evidence.work(run, "cpu", 1) for run in runs)
+    assert initial["kl"] == 0 and clipped["kl"] != synced["kl"] != 0
+    assert clipped["beyond"] > 0.1 and synced["beyond"] > 0.1 and "beyond" not in online
+    assert online["updates"] == 2 and len(online["greedy"]) == 5
+    real_model.write(evidence.STORE, [initial, online])
+    assert evidence.finished().keys() == {INITIAL, runs[3]}
 
 
-@pytest.mark.parametrize("run", [Run("letters", "dpo", "online", "plain", "3", "", "1e-3", 1),
-                                 real("dpo", "online")._replace(lr="1e-3", seed=1)], ids=lambda run: run.task)
-def test_a_run_whose_responses_are_all_alike_ends_with_its_last_update(tiny, run, policy, monkeypatch, tmp_path):
-    if run.task == "letters":
-        shutil.copytree(policy, run.folder() / "policy")
+def test_a_run_whose_responses_are_all_alike_ends_with_its_last_update(tiny, monkeypatch, tmp_path):
     weights = {}
 
     def main(args):
         model, *_ = humanline_dpo.load_policy(args)
         weights.update({name: w + 1 for name, w in model.named_parameters() if w.requires_grad})
-        lines = [{"step": 0, "seconds": 1}, {"step": 1, "seconds": 1, "loss": 0.5, "unclipped": 1}]
-        write_jsonl(tmp_path / "metrics.jsonl", lines)
-        torch.save({"model": weights}, tmp_path / "checkpoint.pt")
+        (tmp_path / "run").mkdir()
+        write_jsonl(tmp_path / "run/metrics.jsonl", [{"step": 0, "seconds": 1}, {"step": 1, "seconds": 1}])
+        torch.save({"model": weights}, tmp_path / "run/checkpoint.pt")
         raise common.BadInput("equal within all groups")
 
     monkeypatch.setattr(humanline_dpo, "main", main)
-    assert evidence.train(run, "cpu", tmp_path)["updates"] == 1
-    final = dict(AutoModelForCausalLM.from_pretrained(tmp_path / "final").named_parameters())
+    assert evidence.train(Run("dpo", "online", "1", "0", "1e-3", 1), tmp_path, "cpu")["updates"] == 1
+    final = dict(AutoModelForCausalLM.from_pretrained(tmp_path / "run/final").named_parameters())
     assert weights and all(torch.equal(final[name], w) for name, w in weights.items())
-    assert AutoTokenizer.from_pretrained(tmp_path / "final")
+    assert AutoTokenizer.from_pretrained(tmp_path / "run/final")
 
 
-def test_the_initial_policy_has_no_kl(tiny):
-    assert evidence.work(evidence.INITIAL["sentiment"], "cpu", 0)["kl"] == 0
-
-
-def test_the_demo_says_what_its_runs_found(tiny, monkeypatch, capsys):
+def test_the_demo_says_what_its_runs_found(tiny, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(evidence, "STORE", evidence.RESULTS / "evidence.jsonl")
+    monkeypatch.setattr(demo, "ROOT", tmp_path)
+    monkeypatch.setattr(demo, "OUT", tmp_path / "demo")
+    monkeypatch.setattr(demo, "UPDATES", 2)
     monkeypatch.setattr(real_model, "make_model", lambda: None)
     demo.main()
     text = capsys.readouterr().out
-    for name in ("initial policy", "plain", "humanline"):
+    for name in demo.LINES.values():
         assert text.count(f"    {name} ") == demo.SHOWN and f"\n  {name} " in text
-    assert "Humanline" not in text or "seed" in text
-    assert (demo.OUT / "reward.png").exists()
+    row = next(line for line in evidence.PAGES[1].read_text().splitlines() if "plain at β = 1 |" in line and "DPO" in line)
+    assert row.split(" | ")[3] in text and row.split(" | ")[4] in text and (demo.OUT / "reward.png").exists()
 
 
-def test_the_committed_data_are_whole():
+def test_the_data_of_a_seed_are_those_of_the_committed_groups(tmp_path):
     groups, held_out = (real_model.read(real_model.DATA / f"{name}.jsonl") for name in ("groups", "held_out"))
-    assert len(groups) == 200 and len(held_out) == 100
     assert not {row["prompt"] for row in groups} & {row["prompt"] for row in held_out}
-    assert all(len(row["completions"]) == len(row["rewards"]) == real_model.SAMPLES for row in groups)
     assert groups[0]["rewards"] == real_model.sentiment(groups[0]["completions"])
-    assert sum(path.stat().st_size for path in real_model.DATA.iterdir()) < 500_000
-
-
-@pytest.mark.skipif(not (ROOT / "runs/smollm2/model.safetensors").exists(), reason="no runs/smollm2; ./run.sh makes it")
-def test_the_real_model_answers_and_trains(tmp_path):
-    folder = ROOT / "runs/smollm2"
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
-    assert "Paris" in real_model.answers(model, tokenizer, ["What is the capital of France?"], 0.0, system=None)[1][0]
-    rows = [{"prompt": "Say yes or no.", "chosen": f"Yes, {i}.", "rejected": f"No, {i}."} for i in range(2)]
-    flags = f"--model {folder} --data {write_jsonl(tmp_path / 'rows.jsonl', rows)} --output_dir {tmp_path / 'run'}"
-    flags += " --steps 4 --batch_size 2 --warmup 0 --lr 1e-5 --eval_size 0 --save_every 0 --device cpu"
-    humanline_dpo.main(humanline_dpo.parse_args(shlex.split(flags)))
-    lines = real_model.read(tmp_path / "run/metrics.jsonl")
-    assert lines[1]["loss"] == pytest.approx(0.6931, abs=1e-4) and lines[-1]["loss"] < 0.69
+    real_model.write_data(tmp_path, seed=1)
+    drawn = {row["prompt"]: dict(zip(row["completions"], row["rewards"]))
+             for row in real_model.read(tmp_path / "groups.jsonl")}
+    assert len(drawn) == 200 and {len(rewards) for rewards in drawn.values()} == {4}
+    for pair in real_model.read(tmp_path / "pairs.jsonl"):
+        rewards = drawn[pair["prompt"]]
+        assert rewards[pair["chosen"]] == max(rewards.values()) > min(rewards.values()) == rewards[pair["rejected"]]
+    for row in real_model.read(tmp_path / "labels.jsonl"):
+        rewards = drawn[row["prompt"]]
+        assert row["label"] == (rewards[row["completion"]] > sum(rewards.values()) / 4)
 
 
 # --- plots --------------------------------------------------------------------------------------------

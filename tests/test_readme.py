@@ -1,4 +1,5 @@
-"""What README.md shows works: its commands, rows of data and flags; its sketch and its table are the code's."""
+"""What README.md shows works: its commands, rows of data and flags; its sketch and its table are the code's, its
+findings those of the results page."""
 
 import json
 import re
@@ -6,11 +7,13 @@ import shlex
 
 import pytest
 
+import evidence
 import humanline_dpo
 from conftest import ROOT, SCRIPTS, write_jsonl
 
 TEXT = (ROOT / "README.md").read_text()
 COMMANDS = re.findall(r"^    \.venv/bin/python (humanline_(\w+)\.py) (.*?)(?: +#.*)?$", TEXT, re.M)
+FINDINGS = re.search(r"^## What it does to a language model\n(.*?)^> \*\*Status", TEXT, re.S | re.M)[1]
 ROWS = re.findall(r"^    (DPO, KTO|KTO|GRPO) +(\{.*\})$", TEXT, re.M)
 
 
@@ -89,3 +92,33 @@ def test_the_table_says_which_reference_an_update_meets(k, run, monkeypatch):
     assert [int(x) for x in numbers] == references
     for name in SCRIPTS:  # and their docstrings say the same
         assert f"    reference, k = {k}  {'  '.join(numbers)}" in (ROOT / f"humanline_{name}.py").read_text()
+
+
+def rows_of(page):
+    """The cells of the tables' lines."""
+    return [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("|")]
+
+
+def unproved(findings, results_page):
+    """What the findings say and the tables do not: numbers with decimals, and of a method's difference the verdict."""
+    rows = rows_of(results_page)
+    numbers = {number for row in rows for cell in row for number in re.findall(r"[+−]?\d+\.\d+", cell)}
+    said = set(re.findall(r"[+−]?\b\d+\.\d+", re.sub(r"\(http\S+\)|±0.05", "", findings)))
+    verdicts = {(row[2], row[-1], row[3]) for row in rows}  # here, verdict, difference
+    bullets = "\n".join(line for line in findings.splitlines() if line.startswith("* "))
+    words = re.findall(r"(?:(\w+) )?\*([a-z ]+)\*(?: \(([+−]?[\d.]+)\))?", bullets.replace("**", ""))
+    return sorted(said - numbers) + [word for word in words if word not in verdicts]
+
+
+def test_the_findings_are_those_of_the_results_page():
+    page = evidence.PAGES[1].read_text()
+    assert unproved(FINDINGS, page) == []
+    assert unproved("before 7.77", page) == ["7.77"]
+    assert unproved("* DPO *above* (−0.19)", page) == [("DPO", "above", "−0.19")]
+    assert unproved("* DPO is *above*", page) == [("is", "above", "")]
+
+
+def test_the_sentences_are_those_of_the_runs():
+    said = {" ".join(text.split()) for result in evidence.finished().values() for text in result["greedy"]}
+    rows = rows_of(FINDINGS.partition("| prompt | initial | plain | humanline |\n")[2])[1:]
+    assert rows and {sentence for row in rows for sentence in row[1:]} <= said

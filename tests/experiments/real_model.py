@@ -29,7 +29,6 @@ import torch  # noqa: E402
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 import common  # noqa: E402
-from humanline_grpo import math_reward  # noqa: E402
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 PARTS = ROOT / "runs" / GGUF  # that of the package, or this one, which gpu.py --model-parts puts together
@@ -115,32 +114,43 @@ def make_data() -> None:
     write(DATA / "groups.jsonl", [group | {"rewards": sentiment(**group)} for group in groups])
     write(DATA / "held_out.jsonl", [{"prompt": prompt} for prompt in prompts[200:]])
 
-def sums() -> tuple[list[dict], list[dict]]:
-    """200 sums to train on and 100 that are held out."""
-    rng = random.Random(0)
-    pairs = rng.sample([(a, b) for a in range(10, 100) for b in range(10, 100)], 300)
-    rows = [{"prompt": f"What is {a} + {b}?", "answer": str(a + b)} for a, b in pairs]
-    return rows[:200], rows[200:]
+def write_data(folder: Path, seed: int) -> None:
+    """A seed's training data, of 4 of the SAMPLES responses to each prompt: the prompts, the scored groups, pairs of
+    the best and the worst, and labels against the group's mean."""
+    rng = random.Random(seed)
+    prompts, groups, pairs, labels = [], [], [], []
+    for row in read(DATA / "groups.jsonl"):
+        drawn = rng.sample(range(SAMPLES), 4)
+        prompt = {"prompt": row["prompt"]}
+        texts, rewards = ([row[name][i] for i in drawn] for name in ("completions", "rewards"))
+        prompts.append(prompt)
+        groups.append(prompt | {"completions": texts, "rewards": rewards})
+        (lowest, worst), *_, (highest, best) = sorted(zip(rewards, texts))
+        if lowest < highest:
+            pairs.append(prompt | {"chosen": best, "rejected": worst})
+        mean = sum(rewards) / 4
+        labels += [prompt | {"completion": text, "label": reward > mean}
+                   for text, reward in zip(texts, rewards) if reward != mean]
+    for name, rows in (("prompts", prompts), ("groups", groups), ("pairs", pairs), ("labels", labels)):
+        write(folder / f"{name}.jsonl", rows)
 
 @torch.no_grad()
-def grade(policy: str | Path, task: str = "sentiment", device: str = "cpu", times: int = 2, count: int = 100) -> dict:
+def grade(policy: str | Path, device: str = "cpu", times: int = 2, count: int = 100) -> dict:
     """Responses to `count` held-out prompts, each asked `times` times at temperature 1: {"rewards", "kl"}, the latter
     estimated from the first of them; and {"greedy"}, the likeliest responses to five prompts."""
-    rows = (sums()[1] if task == "sums" else read(DATA / "held_out.jsonl"))[:count] * times
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float32).eval(), AutoTokenizer.from_pretrained(policy)
+    prompts = [row["prompt"] for row in read(DATA / "held_out.jsonl")[:count]]
+    tokenizer = AutoTokenizer.from_pretrained(policy)
+    model, initial = (AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval().to(device)
+                      for path in (policy, MODEL))
     torch.manual_seed(0)
-    examples, texts = answers(model.to(device), tokenizer, [row["prompt"] for row in rows], 1.0)
-    if task == "sums":
-        rewards = math_reward(None, texts, [row["answer"] for row in rows])
-    else:
-        rewards = sentiment(texts)
-    greedy, kl = answers(model, tokenizer, [row["prompt"] for row in rows[:5]], 0.0)[1], 0.0
-    once = len(rows) // times
-    initial = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval().to(device)
-    for some in (examples[i : min(i + 10, once)] for i in range(0, once, 10)):
+    examples, texts = answers(model, tokenizer, prompts * times, 1.0)
+    _, greedy = answers(model, tokenizer, prompts[:5], 0.0)
+    kl = 0.0
+    for i in range(0, count, 10):
+        some = examples[i : min(i + 10, count)]
         logp, _ = common.response_logps(model, some)  # (10, T)
         kl += (logp - common.response_logps(initial, some)[0]).sum().item()
-    return {"rewards": rewards, "kl": kl / once, "greedy": greedy}
+    return {"rewards": sentiment(texts), "kl": kl / count, "greedy": greedy}
 
 
 if __name__ == "__main__":
