@@ -108,7 +108,7 @@ def test_intervals_and_verdicts_by_hand():
 
 
 def test_plains_line_by_hand():
-    """From 0 at a KL of 0 by 0.2 at 1 and 0.3 at 2.5 to 0.4 at 3; humanline's KLs are 0.5, 2 and, beyond the last, 9."""
+    """From 0 at a KL of 0 by 0.2 at 1 and 0.3 at 2.5 to 0.4 at 3; humanline's are 0.5, 2 and, beyond the last, 9."""
     results, kls = {INITIAL: {"score": 0.0}}, {"1": 1.0, "0.1": 3.0, "0.03": 2.5}
     scores = {"1": 0.2, "0.1": 0.4, "0.03": 0.3}
     for cell in [cell for cell in evidence.CELLS if cell.method == "dpo" and cell.part in ("main", "beta")]:
@@ -183,8 +183,10 @@ def test_the_demo_says_what_its_runs_found(tiny, monkeypatch, tmp_path, capsys):
     text = capsys.readouterr().out
     for name in demo.LINES.values():
         assert text.count(f"    {name} ") == demo.SHOWN and f"\n  {name} " in text
-    row = next(line for line in evidence.PAGES[1].read_text().splitlines() if "plain at β = 1 |" in line and "DPO" in line)
-    assert row.split(" | ")[3] in text and row.split(" | ")[4] in text and (demo.OUT / "reward.png").exists()
+    row = next(line for line in evidence.PAGES[1].read_text().splitlines() if "at the same β" in line)
+    _, _, name, difference, interval, _, verdict = row.strip("| ").split(" | ")
+    assert name == "DPO" and f"it is {difference} ({interval}): {verdict}." in text
+    assert (demo.OUT / "reward.png").exists()
 
 
 def test_the_data_of_a_seed_are_those_of_the_committed_groups(tmp_path):

@@ -57,16 +57,16 @@ def main() -> None:
         real_model.write_data(OUT / run.way, run.seed)
     pairs = real_model.read(OUT / "plain/pairs.jsonl")
     example = next(row for row in pairs if row["prompt"] == EXAMPLE)
-    print(f"""SmolLM2-135M-Instruct, a small language model, is to learn to write cheerful sentences. For {len(pairs)} prompts
-we have four of its sentences each. VADER, a list of words that people have rated, scores how cheerful they are, from
-−1 to 1. Of each four the best is "chosen" and the worst "rejected":
+    print(f"""SmolLM2-135M-Instruct, a small language model, is to learn to write cheerful sentences. For
+{len(pairs)} prompts we have four of its sentences each. VADER, a list of words that people have rated, scores how cheerful
+they are, from −1 to 1. Of each four the best is "chosen" and the worst "rejected":
 
   prompt    {EXAMPLE}
   chosen    {example["chosen"].strip()}
   rejected  {example["rejected"].strip()}
 
-On these pairs DPO trains LoRA adapters, for {UPDATES} updates of 8 pairs at β = 1: first plain, then with humanline, which
-clips the log-ratio of each token to ±1.5 and makes the policy its own reference at each update.""")
+On these pairs DPO trains LoRA adapters, for {UPDATES} updates of 8 pairs at β = 1: first plain, then with humanline,
+which clips the log-ratio of each token to ±1.5 and makes the policy its own reference at each update.""")
     for run in runs:
         say(f"training, {LINES[run.way]}, at the rate that was best for it in longer runs, {run.lr}")
         train(run)
@@ -75,7 +75,8 @@ clips the log-ratio of each token to ±1.5 and makes the policy its own referenc
         say(f"{name}: sentences for {PROMPTS} prompts that none was trained on")
         found[way] = real_model.grade(MODEL if way == "initial" else OUT / way / "run/final", times=1, count=PROMPTS)
     scores = {way: mean_of(found[way]["rewards"]) for way in LINES}
-    say("done. Their sentiment, and their distance from the initial policy (KL, nats a sentence):\n")
+    say("done. Sentiment (± the 95 % interval over prompts), and how far the policy has gone (KL, nats a sentence):\n")
+    print(f"  {'':16s}sentiment         KL")
     for way, name in LINES.items():
         mean, half = scores[way]
         print(f"  {name:16s}{pages.text_of(mean)} ± {half:.2f}{found[way]['kl']:9.1f}")
@@ -86,10 +87,12 @@ clips the log-ratio of each token to ±1.5 and makes the policy its own referenc
             print(f"    {name:16s}{' '.join(found[way]['greedy'][i].split())}")
     mean, half = mean_of([a - b for a, b in zip(found["humanline"]["rewards"], found["plain"]["rewards"])])
     seeds = evidence.differences(evidence.ABOVE_PLAIN, "dpo", results)
+    over_seeds = f"{pages.number(seeds, sign=True)} ({pages.span(seeds, sign=True)}): {pages.verdict(seeds)}"
     pages.draw_demo({LINES[way]: scores[way] for way in LINES}, OUT / "reward.png")
     print(f"""
-Humanline minus plain: {pages.text_of(mean, sign=True)} ± {half:.2f} (95 % interval over prompts). This is one seed after {UPDATES} updates; after
-{evidence.UPDATES}, over {len(seeds)} seeds, it is {pages.number(seeds, sign=True)} ({pages.span(seeds, sign=True)}): {pages.verdict(seeds)}. README.md says what a smaller β does.
+Humanline minus plain: {pages.text_of(mean, sign=True)} ± {half:.2f}. This is one seed after {UPDATES} updates.
+After {evidence.UPDATES}, over {len(seeds)} seeds, it is {over_seeds}.
+README.md says what a smaller β does.
 {(OUT / "reward.png").relative_to(ROOT)} shows the sentiments. Train on your own pairs:
 
   .venv/bin/python humanline_dpo.py --model Qwen/Qwen2.5-1.5B-Instruct --data pairs.jsonl""")

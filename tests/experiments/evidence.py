@@ -55,7 +55,7 @@ WAYS = {  # to train
 MAIN_WAYS = ("plain", "humanline", "online")
 
 
-# === Which runs there are ===
+# --- which runs there are ----------------------------------------------------------------------------
 class Cell(NamedTuple):
     """What a line of a table is about."""
 
@@ -155,7 +155,7 @@ def wanted(parts: list[str], results: dict) -> list[Run]:
     return [run for run in dict.fromkeys(found) if run not in results]
 
 
-# === One run ===
+# --- one run -----------------------------------------------------------------------------------------
 def argv(run: Run, folder: Path, device: str) -> list[str]:
     """Its script's flags; its data and its output are in `folder`."""
     data, batch = METHODS[run.method]
@@ -207,7 +207,7 @@ def work(run: Run, device: str, threads: int) -> dict:
             "torch": torch.__version__}
 
 
-# === Many runs ===
+# --- many runs ---------------------------------------------------------------------------------------
 def finished() -> dict[Run, dict]:
     """Results by run; a last line that a kill cut short is dropped, and done again."""
     lines = STORE.read_text(encoding="utf-8").splitlines(True) if STORE.exists() else []
@@ -234,7 +234,7 @@ def run_all(parts: list[str], device: str, jobs: int) -> None:
                 tqdm.write(f"{' '.join(map(str, result['run']))}: {result['score']:.3f}, {result['wall']} s")
 
 
-# === What they say ===
+# --- what they say -----------------------------------------------------------------------------------
 def values(cell: Cell, results: dict, key: str = "score") -> dict[int, float]:
     """By seed, of the runs that have been made."""
     return {run.seed: results[run][key] for run in runs_of(cell, results) if key in results.get(run, {})}
@@ -260,7 +260,7 @@ class Claim(NamedTuple):
 
 OURS, PLAIN, ONLINE = ("main", "humanline"), ("main", "plain"), ("main", "online")
 STALE, LINE = ("stale", "humanline, every 8"), ("plain's line",)
-ABOVE_PLAIN = Claim("Humanline is above plain at β = 1", dict.fromkeys(METHODS, "above, p < 0.05"), OURS, PLAIN)
+ABOVE_PLAIN = Claim("Humanline is above plain at the same β", dict.fromkeys(METHODS, "above, p < 0.05"), OURS, PLAIN)
 BEST_BETA = Claim("Humanline at β = 1 is above plain at its best β", {"dpo": "–", "kto": "–"}, OURS, ("best", "plain"))
 EQUAL_KL = Claim("Humanline is above plain at the same KL", {"dpo": "–", "kto": "–"}, OURS, LINE)
 CLAIMS = [
@@ -287,7 +287,7 @@ def verdict_of(claim: Claim, method: str, results: dict) -> str:
     return verdict(differences(claim, method, results), claim.as_good)
 
 
-# === Tables and figures ===
+# --- tables and figures ------------------------------------------------------------------------------
 def claims_table(results: dict) -> str:
     rows = []
     for claim in CLAIMS:
@@ -349,7 +349,7 @@ def draw(results: dict) -> None:
     pages.draw_beta(runs, *verdicts, initial, FIGURES / "beta.png")
 
 
-# === Main ===
+# --- main --------------------------------------------------------------------------------------------
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--only", nargs="*", choices=PARTS, default=PARTS, help="some parts, in this order")

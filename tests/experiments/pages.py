@@ -20,7 +20,7 @@ GREY = "#555555"
 plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "font.size": 10, "axes.titlesize": 11})
 
 
-# === Numbers ===
+# --- numbers -----------------------------------------------------------------------------------------
 def interval(values: Collection[float]) -> tuple[float, float]:
     """The 95 % t-interval of their mean; of a single value it has no bounds."""
     if len(values) == 1:
@@ -56,7 +56,7 @@ def span(values: Collection[float], sign: bool = False) -> str:
     return " to ".join(text_of(x, sign) for x in interval(values)) if len(values) > 1 else "–"
 
 
-# === Tables ===
+# --- tables ------------------------------------------------------------------------------------------
 def markdown(head: list[str], rows: list[list[str]]) -> str:
     """A table, without the columns that have nothing but a dash."""
     columns = [i for i in range(len(head)) if any(row[i] != "–" for row in rows)]
@@ -81,7 +81,7 @@ def fill(text: str, tables: dict[str, str]) -> str:
     return re.sub(r"(<!-- (\w+) -->\n\n)(?:\|.*\n)*", lambda found: f"{found[1]}{tables[found[2]]}\n", text)
 
 
-# === Pictures ===
+# --- pictures ----------------------------------------------------------------------------------------
 def draw_clip(axes) -> None:
     for side in ((-4, -1.5), (1.5, 4)):
         axes.axvspan(*side, color=COLOURS["plain"], alpha=0.12, linewidth=0)
@@ -120,10 +120,11 @@ def draw_scores(axes, scores: dict, verdicts: dict, initial: float) -> None:
                 axes.text(x, initial + 0.03, MISSING, rotation=90, ha="center", va="bottom", color=GREY)
     axes.axhline(initial, color="black", linestyle=":", linewidth=1.2)
     axes.text(len(scores) - 0.55, initial + 0.01, "initial\npolicy", va="bottom")
-    above = list(verdicts.values()).count("above")
-    axes.set(title=f"3. Result: humanline is above plain\nin {above} of {len(verdicts)} methods (a dot: a seed)",
-             xlim=(-0.5, len(scores) - 0.1), ylim=(0, 1), ylabel="sentiment of new sentences",
-             xticks=range(len(scores)), xticklabels=[f"{method.upper()}\n{word}" for method, word in verdicts.items()])
+    words = [word for word in verdicts.values() if word != MISSING]
+    above = f"in {words.count('above')} of {len(words)} methods (a dot: a seed)"
+    axes.set(title=f"3. Result: humanline is above plain\n{above}", ylabel="sentiment of new sentences",
+             xlim=(-0.5, len(scores) - 0.1), ylim=(0, 1.2), yticks=[0, 0.2, 0.4, 0.6, 0.8, 1])
+    axes.set_xticks(range(len(scores)), [f"{method.upper()}\n{word}" for method, word in verdicts.items()])
     bars = [matplotlib.patches.Patch(color=colour, alpha=0.4, label=way) for way, colour in COLOURS.items()]
     axes.legend(handles=bars, frameon=False, ncols=3, loc="upper center", columnspacing=1, handlelength=1)
 
@@ -157,9 +158,10 @@ def draw_beta(runs: dict, best_beta: str, equal_kl: str, initial: float, path: P
         if way == "plain":
             right.plot([0, *(kl for _, kl, _ in means)], [initial, *(y for _, _, y in means)], color=COLOURS[way])
             for beta, kl, y in means:
-                right.annotate(f"β = {beta:g}", (kl, y), (10, -16), textcoords="offset points", color=COLOURS[way])
+                right.annotate(f"β = {beta:g}", (kl, y), (10, -16), textcoords="offset points", color=COLOURS[way],
+                               bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 1})
     left.set(title=f"Humanline at β = 1 against\nplain at its best β: {best_beta}", xlabel="β of DPO", xscale="log",
-             ylabel="sentiment of new sentences", xlim=(0.025, 1.3), ylim=(0, 1))
+             ylabel="sentiment of new sentences", xlim=(0.025, 1.3), ylim=(0, 1.03))
     left.set_xticks([0.03, 0.1, 1], ["0.03", "0.1", "1"])
     left.minorticks_off()
     right.set(title=f"Humanline at β = 1 against\nplain at the same KL: {equal_kl}", xlim=(-1.5, None),
@@ -175,8 +177,8 @@ def draw_demo(scores: dict[str, tuple[float, float]], path: Path) -> None:
     for i, (mean, half) in enumerate(scores.values()):
         axes.errorbar(mean, i, xerr=half, fmt="o", color=["black", *COLOURS.values()][i], capsize=4)
         axes.text(mean, i - 0.15, text_of(mean), ha="center", va="bottom")
-    axes.set(title="How cheerful are the sentences for prompts that none was trained on?", ylim=(len(scores) - 0.5, -0.7),
-             xlabel="sentiment, from −1 to 1, with the 95 % interval over prompts")
+    axes.set(title="How cheerful are the sentences for prompts that none was trained on?",
+             xlabel="sentiment, from −1 to 1, with the 95 % interval over prompts", ylim=(len(scores) - 0.5, -0.7))
     axes.set_yticks(range(len(scores)), scores)
     figure.tight_layout()
     figure.savefig(path, dpi=160)
