@@ -33,7 +33,7 @@ def test_every_run_is_a_command_that_its_script_takes(tmp_path):
     """Only flags, and those of the cell; no seed that chose is reported."""
     for cell in [cell for cell in evidence.CELLS if cell.part != "initial"]:
         run = evidence.ladders(cell)[0][0]._replace(lr="3e-4", seed=2)
-        args = SCRIPTS[cell.method].parse_args(evidence.argv(run, tmp_path, "cpu"))
+        args = SCRIPTS[cell.method].parse_args(evidence.argv(run, tmp_path / "a folder", "cpu"))
         assert args.sample_every == (1 if cell.way == "online" else 8 if "every 8" in cell.way else 0)
         off = cell.way in ("plain", "online", "plain, every 8", "synced only")
         assert args.humanline == ("off" if off else "sample" if "sampling" in cell.way else "clip")

@@ -10,7 +10,7 @@ import statistics
 import time
 from unittest import mock
 
-# A thread that waits for another sleeps: it would take the time of a core that other processes want, too.
+# Threads that wait for each other sleep: beside other busy processes, spinning takes the time of those that work.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import evidence  # noqa: E402
@@ -44,8 +44,7 @@ def train(run: evidence.Run) -> None:
     with open(OUT / f"{run.way}.log", "w") as log, contextlib.redirect_stdout(log), bars[0], bars[1]:
         humanline_dpo.main(humanline_dpo.parse_args(argv))
 
-def mean_of(rewards: list[float]) -> tuple[float, float]:
-    """Mean, and half of the 95 % interval over the prompts."""
+def mean_of(rewards: list[float]) -> tuple[float, float]:  # and half of its 95 % interval
     return statistics.fmean(rewards), 1.96 * statistics.stdev(rewards) / len(rewards) ** 0.5
 
 def main() -> None:
@@ -74,11 +73,11 @@ which clips the log-ratio of each token to ±1.5 and makes the policy its own re
     for way, name in LINES.items():
         say(f"{name}: sentences for {PROMPTS} prompts that none was trained on")
         found[way] = real_model.grade(MODEL if way == "initial" else OUT / way / "run/final", times=1, count=PROMPTS)
-    scores = {way: mean_of(found[way]["rewards"]) for way in LINES}
+    scores = {name: mean_of(found[way]["rewards"]) for way, name in LINES.items()}
     say("done. Sentiment (± the 95 % interval over prompts), and how far the policy has gone (KL, nats a sentence):\n")
     print(f"  {'':16s}sentiment         KL")
     for way, name in LINES.items():
-        mean, half = scores[way]
+        mean, half = scores[name]
         print(f"  {name:16s}{pages.text_of(mean)} ± {half:.2f}{found[way]['kl']:9.1f}")
     print("\nTheir likeliest sentences:")
     for i, row in enumerate(real_model.read(DATA / "held_out.jsonl")[:SHOWN]):
@@ -88,11 +87,10 @@ which clips the log-ratio of each token to ±1.5 and makes the policy its own re
     mean, half = mean_of([a - b for a, b in zip(found["humanline"]["rewards"], found["plain"]["rewards"])])
     seeds = evidence.differences(evidence.ABOVE_PLAIN, "dpo", results)
     over_seeds = f"{pages.number(seeds, sign=True)} ({pages.span(seeds, sign=True)}): {pages.verdict(seeds)}"
-    pages.draw_demo({LINES[way]: scores[way] for way in LINES}, OUT / "reward.png")
+    pages.draw_demo(scores, OUT / "reward.png")
     print(f"""
 Humanline minus plain: {pages.text_of(mean, sign=True)} ± {half:.2f}. This is one seed after {UPDATES} updates.
-After {evidence.UPDATES}, over {len(seeds)} seeds, it is {over_seeds}.
-README.md says what a smaller β does.
+After {evidence.UPDATES}, over {len(seeds)} seeds, it is {over_seeds}. README.md says what a smaller β does.
 {(OUT / "reward.png").relative_to(ROOT)} shows the sentiments. Train on your own pairs:
 
   .venv/bin/python humanline_dpo.py --model Qwen/Qwen2.5-1.5B-Instruct --data pairs.jsonl""")

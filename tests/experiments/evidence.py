@@ -19,7 +19,6 @@ import json
 import multiprocessing
 import os
 import platform
-import shlex
 import shutil
 import statistics
 import time
@@ -45,8 +44,7 @@ LADDER, FIRST = ("5e-5", "1e-4", "2e-4", "5e-4", "1e-3", "2e-3", "5e-3", "1e-2")
 LIMIT = 30.0  # nats a response of at most 32 tokens: beyond it VADER still likes the words, but they are no sentences
 UPDATES = 24
 FLAGS = f"""--steps {UPDATES} --warmup 2 --lr_decay --lora_rank 16 --max_length 128 --max_new_tokens {real_model.TOKENS}
-    --group_size 4 --temperature 1.0 --gen_batch 1024 --system_prompt {shlex.quote(real_model.SYSTEM)}
-    --reward {HERE}/real_model.py:sentiment --eval_size 0 --overwrite"""
+    --group_size 4 --temperature 1.0 --gen_batch 1024 --eval_size 0 --overwrite"""
 METHODS = {"dpo": ("pairs", 8), "kto": ("labels", 16), "grpo": ("groups", 16)}  # data, --batch_size
 WAYS = {  # to train
     "plain": "--plain", "humanline": "--humanline clip", "online": "--plain --sample_every 1",
@@ -161,9 +159,10 @@ def argv(run: Run, folder: Path, device: str) -> list[str]:
     data, batch = METHODS[run.method]
     samples = "--sample_every" in WAYS[run.way]
     flags = f"{FLAGS} {WAYS[run.way]} --sync_every {run.k} --beta {run.beta} --lr {run.lr} --seed {run.seed}"
-    flags += f" --batch_size {batch} --save_every {int(samples)} --device {device} --output_dir {folder}/run"
-    flags += f" --model {real_model.MODEL} --data {folder}/{'prompts' if samples else data}.jsonl"
-    return shlex.split(flags)
+    flags += f" --batch_size {batch} --save_every {int(samples)} --device {device}"
+    return [*flags.split(), "--model", str(real_model.MODEL), "--data", f"{folder}/{'prompts' if samples else data}.jsonl",
+            "--output_dir", f"{folder}/run", "--reward", f"{HERE}/real_model.py:sentiment",
+            "--system_prompt", real_model.SYSTEM]
 
 def count_only(perceive, logratio, mask, mode, *bounds):
     """Without clipping a script counts no token as clipped; here it counts those that clipping would have clipped."""
