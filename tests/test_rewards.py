@@ -1,4 +1,4 @@
-"""The reward of humanline_grpo.py, answers by hand; a tiny classifier; how rewards of one's own are loaded and called."""
+"""The two rewards of experiments/rewards.py, answers by hand, a tiny classifier; how one's own are loaded and called."""
 
 import importlib.util
 import json
@@ -12,9 +12,10 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassificat
 
 import alpaca_eval
 import humanline_grpo as grpo
-import model_reward
+import rewards
 from common import BadInput, encode
 from conftest import ROOT, SHARED, make_rows, write_jsonl
+from rewards import math_reward
 
 TRL = importlib.util.find_spec("trl") is not None
 needs_trl = pytest.mark.skipif(not TRL, reason="trl is not installed")
@@ -121,28 +122,28 @@ ANSWERS = [
 @pytest.mark.parametrize("completion, gold, right", ANSWERS, ids=lambda x: str(x)[:30])
 def test_math_reward(completion, gold, right):
     message = [{"role": "assistant", "content": completion}]
-    assert grpo.math_reward(["q"] * 2, [completion, message], answer=[gold] * 2) == [float(right)] * 2
-    assert grpo.math_reward.usable({"answer": gold})
+    assert math_reward(["q"] * 2, [completion, message], answer=[gold] * 2) == [float(right)] * 2
+    assert math_reward.usable({"answer": gold})
 
 
 @needs_math_verify
 @pytest.mark.parametrize("gold", [None, "", "  ", "####", "\\boxed{}"])
 def test_a_gold_answer_that_cannot_be_read_is_no_reward(gold):
-    assert not grpo.math_reward.usable({"answer": gold})
-    assert grpo.math_reward(["q"] * 3, ["5", "", "None"], answer=[gold] * 3) == [0.0] * 3
+    assert not math_reward.usable({"answer": gold})
+    assert math_reward(["q"] * 3, ["5", "", "None"], answer=[gold] * 3) == [0.0] * 3
 
 
 @needs_math_verify
 @pytest.mark.parametrize("gold", ["proof", "Proof.", "notfound", "\\text{proof}", "None"])
 def test_a_gold_answer_that_says_that_there_is_none_is_not_usable(gold):
     """NuminaMath's. Letters were multiplied, so that "forop" was paid."""
-    assert not grpo.math_reward.usable({"answer": gold})
-    assert grpo.math_reward(["q"], ["\\boxed{forop}"], answer=[gold]) == [0.0]
+    assert not math_reward.usable({"answer": gold})
+    assert math_reward(["q"], ["\\boxed{forop}"], answer=[gold]) == [0.0]
 
 
 @needs_math_verify
 def test_a_gold_answer_may_be_the_number_0():
-    assert grpo.math_reward.usable({"answer": 0}) and grpo.math_reward(["q"], ["0"], answer=[0]) == [1.0]
+    assert math_reward.usable({"answer": 0}) and math_reward(["q"], ["0"], answer=[0]) == [1.0]
 
 
 @needs_math_verify
@@ -162,7 +163,7 @@ def test_an_online_run_on_gsm8k(run, policy, tmp_path, capsys, monkeypatch):
         return accumulate(model, batch, mode, args)
 
     monkeypatch.setattr(grpo, "accumulate_gradient", accumulate_and_tell)
-    argv = ["--data", path, "--reward", f"{ROOT / 'humanline_grpo.py'}:math_reward", "--max_length", 256,
+    argv = ["--data", path, "--reward", f"{rewards.__file__}:math_reward", "--max_length", 256,
             "--max_new_tokens", 1, "--temperature", 1.0, "--steps", 4, "--sample_every", 2, "--group_size", 8,
             "--batch_size", 64, "--micro_tokens", 10**6, "--seed", 3]  # fmt: skip
     lines = run(grpo, *argv)
@@ -304,7 +305,7 @@ def test_the_column_that_math_reward_misses_is_named(script, run, tmp_path):
            "reward_model": {"ground_truth": "34", "style": "rule"}, "extra_info": {"index": "9a"}}  # fmt: skip
     path = write_jsonl(tmp_path / "rows.jsonl", [row] * 9)
     with pytest.raises(BadInput) as error:
-        run(script, "--data", path, "--reward", f"{ROOT / 'humanline_grpo.py'}:math_reward", *SAMPLED)
+        run(script, "--data", path, "--reward", f"{rewards.__file__}:math_reward", *SAMPLED)
     assert str(error.value) == (f"{path}: row 1 (columns data_source, prompt, ability, reward_model, extra_info): "
                                 "math_reward reads the column answer, and there is none")  # fmt: skip
     assert not (tmp_path / "run").exists()
@@ -326,15 +327,15 @@ def test_a_tiny_classifier_is_a_reward(policy, tmp_path, monkeypatch, pad):
     tokenizer.save_pretrained(tmp_path / "judge")
     monkeypatch.setenv("REWARD_MODEL", str(tmp_path / "judge"))
     prompts, completions = ["abc", "d"] * 9, ["efgh", "ij"] * 9
-    rewards = model_reward.model_reward(prompts, completions)
-    for prompt, completion, reward in zip(prompts, completions, rewards):
+    scores = rewards.model_reward(prompts, completions)
+    for prompt, completion, reward in zip(prompts, completions, scores):
         text = f"<|user|>{prompt}<|end|><|assistant|>{completion}<|end|>"
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         hidden = model.model(torch.tensor([ids])).last_hidden_state[0, -1]
         assert reward == pytest.approx(model.score(hidden).item(), abs=1e-5)
     messages = [[[{"role": role, "content": text}] for text in texts]
                 for role, texts in (("user", prompts), ("assistant", completions))]  # fmt: skip
-    assert model_reward.model_reward(*messages) == rewards
+    assert rewards.model_reward(*messages) == scores
 
 
 def test_alpaca_eval_file(policy, tmp_path):

@@ -63,7 +63,7 @@ UPDATES = {"sentiment": 24, "sums": 32, "letters": 120, "addition": 192}
 REAL = f"--lora_rank 16 --max_length 128 --group_size 4 --warmup 2 --system_prompt {shlex.quote(real_model.SYSTEM)}"
 FLAGS = {"sentiment": f"{REAL} --max_new_tokens {real_model.TOKENS}", "sums": f"{REAL} --max_new_tokens 24",
          "letters": "--max_length 48 --max_new_tokens 20", "addition": "--max_length 32 --max_new_tokens 6"}
-REWARDS = {"sentiment": f"{HERE}/real_model.py:sentiment", "sums": f"{ROOT}/humanline_grpo.py:math_reward",
+REWARDS = {"sentiment": f"{HERE}/real_model.py:sentiment", "sums": f"{HERE}/rewards.py:math_reward",
            "letters": f"{HERE}/toy_world.py:letters_reward", "addition": f"{HERE}/toy_world.py:addition_reward"}
 BATCH = {("sentiment", "dpo"): 8, ("sentiment", "kto"): 16, ("sentiment", "grpo"): 16, ("sums", "grpo"): 16,
          ("letters", "dpo"): 16, ("letters", "kto"): 32, ("letters", "grpo"): 64, ("addition", "grpo"): 128}

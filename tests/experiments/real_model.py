@@ -29,7 +29,7 @@ import torch  # noqa: E402
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 import common  # noqa: E402
-from humanline_grpo import math_reward  # noqa: E402
+from rewards import math_reward  # noqa: E402
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 PARTS = ROOT / "runs" / GGUF  # that of the package, or this one, which gpu.py --model-parts puts together
