@@ -31,7 +31,6 @@ import itertools
 import json
 import math
 import random
-import re
 import shlex
 import shutil
 import statistics
@@ -338,38 +337,6 @@ def sample_batches(model, rollouts: Rollouts, updates: range, args) -> list[list
 
 def rows_of_group(examples: list[Example], rewards: list[float]) -> list[Row]:
     return [Row([example], reward) for example, reward in zip(examples, rewards)]
-
-# --- A reward, for any of the scripts: --reward humanline_grpo.py:math_reward ---
-def math_reward(prompts, completions, answer, **columns) -> list[float]:
-    """1.0 where math-verify finds a completion's final answer equal to the row's `answer`."""
-    from math_verify import verify
-    texts = [text if isinstance(text, str) else text[-1]["content"] for text in completions]
-    return [float(verify(final_answer(g, True), final_answer(x))) for g, x in zip(answer, texts)]
-
-def final_answer(text, gold=False) -> list:
-    """As math-verify reads it: the last \\boxed{}, what follows the last ####, else the text, after
-    any thought. A word or a date stays one: as mathematics, "on" is o times n, so it is "no"."""
-    from math_verify import parse
-    text = ("" if text is None else str(text)).rpartition("</think>")[2]
-    text = "" if "<think>" in text else text  # a thought without an end
-    answer = f"\\boxed{{{text.strip()}}}" if gold or " " not in text.strip() else text
-    if "\\boxed" in text:
-        answer = text[text.rindex("\\boxed") :]
-    elif "####" in text:  # or "#### **Final Answer**" and 18 below, "#### 18 dollars in all"
-        rest = re.sub(r"(?i)\*|(the )?(final )?answer( is)?:?", "", text.rpartition("####")[2])
-        line = rest.strip().partition("\n")[0]
-        answer = line if re.search(r"\d.*\s[A-Za-z]{2}", line) else f"\\boxed{{{line}}}"
-    plain = re.sub(r"\\(?:text|math)\w*\{([^{}]*)\}", r"\1", answer)
-    word = re.match(r"\\boxed\{[ (*]*([A-Za-z]{2}[A-Za-z ]*|\d{4}-\d\d-\d\d)[ .)*]*\}", plain)
-    return [word[1].strip().lower()] if word else parse(answer)
-
-def usable(row: dict) -> bool:
-    """Whether a row's answer can be read; others are dropped. "proof" means that there is none."""
-    if "answer" not in row:
-        raise BadInput("math_reward reads the column answer, and there is none")
-    return final_answer(row["answer"], True)[:1] not in ([], ["proof"], ["notfound"], ["none"])
-
-math_reward.usable = usable
 
 
 # === 7. Evaluation ===

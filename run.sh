@@ -73,10 +73,10 @@ case "${1:-demo}" in
       .venv/bin/pip install --quiet --disable-pip-version-check math-verify==0.9.0
     shift
     run .venv/bin/python humanline_grpo.py --model Qwen/Qwen2.5-1.5B-Instruct \
-      --data simplescaling/openaimath --reward humanline_grpo.py:math_reward \
+      --data simplescaling/openaimath --reward tests/experiments/rewards.py:math_reward \
       --system_prompt 'Please reason step by step, and put your final answer within \boxed{}.' \
       --sample_every 64 --sync_every 12 --group_size 8 --temperature 0.7 --beta 1e-4 --lr 1e-6 \
-      --max_length 3072 --max_new_tokens 2048 --micro_tokens 8192 \
+      --max_length 3072 --max_new_tokens 2048 --micro_tokens 8192 --gen_batch 416 \
       --output_dir runs/grpo-qwen2.5-1.5b "$@" ;;
   *)
     sed -n '2,10s/^# //p' "$0" >&2

@@ -135,7 +135,7 @@ def test_an_empty_file(script, refused, tmp_path, name, content, words):
 def test_text_stays_text(script, run, tmp_path):
     """A date is no datetime: not as a response, and not where a reward reads it."""
     (tmp_path / "dates.py").write_text(
-        "from humanline_grpo import math_reward\nasked = []\ndef right(answer, unread, **columns):\n"
+        "from rewards import math_reward\nasked = []\ndef right(answer, unread, **columns):\n"
         "    assert set(answer) <= {'2024-05-01', '2024-05-02'}, answer\n    asked.extend(unread)\n"
         "    says = [day if i % 2 else '2018' for i, day in enumerate(answer)]  # not 2024 - 5 - 1\n"
         "    paid = math_reward(says, says, answer)\n"
@@ -146,8 +146,7 @@ def test_text_stays_text(script, run, tmp_path):
     run(script, "--data", path, "--sample_every", 1, "--reward", tmp_path / "dates.py:right", "--group_size", 2,
         "--max_new_tokens", 4, "--steps", 3, "--eval_size", 0)  # fmt: skip
     assert set(sys.modules["dates"].asked) == {None, 1.5}
-    del sys.modules["dates"], sys.modules["humanline_grpo"]
-    sys.modules["humanline_grpo"] = grpo
+    del sys.modules["dates"]
 
 
 @pytest.mark.parametrize("flags", [(), ("--max_rows", 12)])
@@ -344,8 +343,8 @@ def test_no_pad_token_is_needed(script, run, policy, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(policy)
     tokenizer.pad_token = None
     tokenizer.save_pretrained(tmp_path / "model")
-    (tmp_path / "rewards.py").write_text("def f(completions, **columns):\n    return range(len(completions))\n")
-    sampling = ["--sample_every", 1, "--reward", tmp_path / "rewards.py:f", "--max_new_tokens", 8, "--group_size", 2]
+    (tmp_path / "counting.py").write_text("def f(completions, **columns):\n    return range(len(completions))\n")
+    sampling = ["--sample_every", 1, "--reward", tmp_path / "counting.py:f", "--max_new_tokens", 8, "--group_size", 2]
     assert len(run(script, "--model", tmp_path / "model", "--steps", 1, *sampling)) == 2
 
 

@@ -10,11 +10,13 @@ from transformers import AutoConfig
 
 import common
 import memory
+import toy_world
 from conftest import ROOT, SCRIPTS
 
 TINY = ("qwen2", 512, 128, 344, 6, 4, 2, True)
 RECIPES = {"dpo": 2 * 2048, "kto": 2048, "grpo": 3072}  # tokens that no cut parts: a pair, a response
 BLOCK = 2**18  # several blocks of the vocabulary here too
+ROUND = 16
 
 
 @pytest.fixture(scope="module")
@@ -23,6 +25,7 @@ def traced():
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(memory.SHAPES, "tiny", TINY)
         patch.setitem(common.BLOCK_BYTES, "cuda", BLOCK)
+        patch.setattr(common, "ROUND", ROUND)
         for name, value in {"ROWS": (1, 4, 8), "PROMPT": 24, "RESPONSE": 40}.items():
             patch.setattr(memory, name, value)
         return memory.measure(memory.config_of("tiny"))
@@ -33,6 +36,7 @@ def tiny(monkeypatch):
     """Its config, for a model with data."""
     monkeypatch.setitem(memory.SHAPES, "tiny", TINY)
     monkeypatch.setitem(common.BLOCK_BYTES, "cpu", BLOCK)
+    monkeypatch.setattr(common, "ROUND", ROUND)
     return memory.config_of("tiny")
 
 
@@ -49,7 +53,7 @@ def test_traces_without_data_see_what_real_tensors_take(tiny, traced, mode):
 
 @pytest.mark.parametrize("mode", memory.MODES)
 def test_lora_without_data_takes_what_real_tensors_take(tiny, mode, monkeypatch):
-    """Frozen weights in bf16, adapters in float32; the fixed part by hand."""
+    """Frozen weights in bf16, adapters in float32, which cast no inputs; the fixed part by hand."""
     monkeypatch.setitem(common.BLOCK_BYTES, "cuda", BLOCK)
     monkeypatch.setattr(memory, "ROWS", (4,))
     monkeypatch.setattr(memory, "BATCHES", (16,))
@@ -61,13 +65,20 @@ def test_lora_without_data_takes_what_real_tensors_take(tiny, mode, monkeypatch)
     fixed = 16 * found["trained"] + 2 * (found["parameters"] - found["trained"])
     real = max(memory.update_bytes(model, 4, 2 * TINY[2]))
     assert found[mode][0][1] - fixed == pytest.approx(real, rel=0.01)
+    assert not any(getattr(module, "cast_input_dtype_enabled", False) for module in model.modules())
 
 
-def test_the_8b_recipe_with_lora_fits_80_gb_with_a_pair_of_2048_tokens():
-    """./run.sh dpo --lora_rank 16 --model meta-llama/Meta-Llama-3-8B-Instruct; with checkpointing it fits 24 GB."""
-    args, models = recipe("dpo"), rows()
-    assert memory.between(models["Llama-3-8B, LoRA 16"]["plain"], max(args.micro_tokens, RECIPES["dpo"])) <= 0.9 * 80e9
-    assert memory.between(models["Llama-3-8B, LoRA 16"]["checkpointed"], RECIPES["dpo"]) <= 0.9 * 24e9
+def test_checkpointing_saves_little_and_only_what_checkpoints_is_in_training_mode(tiny):
+    """The log-probs are those of eval mode, to the bit."""
+    model, examples = memory.make_model(tiny), [common.Example(torch.arange(n, dtype=torch.int32), 8) for n in (90, 100)]
+    plain, _ = common.response_logps(model, examples)
+    peak = memory.update_bytes(model, 2, 100)[0]
+    memory.checkpoint(model)
+    again, _ = common.response_logps(model, examples)
+    assert torch.equal(again, plain) and memory.update_bytes(model, 2, 100)[0] < peak / 3
+    inside = {id(module) for layer in model.model.layers for module in [*layer.modules()][1:]}
+    assert not model.training and all(layer.training for layer in model.model.layers)
+    assert not any(module.training for module in model.modules() if id(module) in inside)
 
 
 def test_sampling_without_data_takes_what_real_tensors_take(tiny, traced):
@@ -77,13 +88,26 @@ def test_sampling_without_data_takes_what_real_tensors_take(tiny, traced):
     assert {weight.dtype for weight in model.parameters()} == {torch.float32}  # its own again
 
 
+def test_sampling_takes_what_is_traced(tiny, monkeypatch):
+    """sample_responses itself, on real tensors in bf16: prompts of 24 and 23 tokens, responses of 40 that nothing ends."""
+    tokenizer, model = toy_world.make_tokenizer(), memory.make_model(tiny)
+    monkeypatch.setattr(type(tokenizer), "eos_token_id", TINY[1], raising=False)
+    monkeypatch.setattr(common, "end_of_turn", lambda tokenizer: ("", []))
+    monkeypatch.setitem(common.SAMPLING_DTYPE, "cpu", torch.bfloat16)
+    monkeypatch.setattr(toy_world.PreTrainedTokenizerFast, "batch_decode", lambda *_, **__: [])
+    with memory.Live(memory.known_of(model)) as live:
+        examples, _ = common.sample_responses(model, tokenizer, [[5] * 24, [5] * 23] * 8, 40, 0.7, 16)
+    assert {len(example.response) for example in examples} == {40}
+    assert max(memory.sampling_bytes(model, 16, 24, 40)) == pytest.approx(live.peak, rel=0.03)
+
+
 def test_sampling_has_bf16_copies_of_the_weights_and_a_bf16_cache(tiny, traced):
     """By hand: two bytes a parameter; per token of a layer a key and a value of 2 heads of 32 numbers of two bytes."""
     model = memory.make_model(tiny)
     short, long = (memory.sampling_bytes(model, 8, 24, response)[1] for response in (100, 300))
     # Besides, the layer that grows holds its old keys, and transformers 5.17 repeats its keys and values for each head.
     assert long - short == pytest.approx(8 * 200 * 6 * 2 * 2 * 32 * 2, rel=0.4)  # float32 would take twice that
-    assert min(memory.sampling_bytes(model, 1, 2, 2)) >= 2 * traced["parameters"]
+    assert min(memory.sampling_bytes(model, 1, 16, 32)) >= 2 * traced["parameters"]
 
 
 def test_what_autograd_saves_on_one_layer_is_most_of_a_tokens_bytes(tiny, traced):
@@ -130,6 +154,18 @@ def recipe(name: str):
     return SCRIPTS[name].parse_args(shlex.split(command))
 
 
+@pytest.mark.parametrize("rank", memory.RANKS)
+def test_the_committed_bytes_are_the_codes(monkeypatch, rank):
+    """Its smallest numbers, measured again; other versions of transformers may sample with 2 % more."""
+    monkeypatch.setattr(memory, "ROWS", memory.ROWS[:1])
+    monkeypatch.setattr(memory, "BATCHES", memory.BATCHES[:1])
+    committed = rows()["Qwen2.5-0.5B" + (f", LoRA {rank}" if rank else "")]
+    for name, value in memory.measure(memory.config_of("Qwen2.5-0.5B"), rank).items():
+        expected = committed[name][0][1] if type(value) is list else committed[name]
+        assert (value[0][1] if type(value) is list else value) == pytest.approx(expected, rel=0.02)
+    assert memory.PROMPT % common.ROUND == memory.RESPONSE % common.ROUND == 0  # so traced are whole chunks
+
+
 def test_bytes_are_linear_in_tokens_without_checkpointing_and_convex_with_it():
     for row in rows().values():
         for mode in memory.MODES:
@@ -147,7 +183,7 @@ def test_the_recipe_fits_80_gb_with_a_tenth_to_spare(name):
     assert memory.between(row[mode], max(args.micro_tokens, RECIPES[name])) <= 0.9 * 80e9
     if args.sample_every:
         assert (args.max_new_tokens, args.max_length - args.max_new_tokens) == (memory.RESPONSE, memory.PROMPT)
-        assert memory.between(row["sampling"], args.gen_batch) <= 0.9 * 80e9
+        assert args.gen_batch == int(memory.largest(row["sampling"], 80e9, 8))
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -157,6 +193,22 @@ def test_the_default_fits_the_smaller_model_on_24_gb(name):
     tokens = max(args.micro_tokens, args.max_length * (2 if name == "dpo" else 1))
     assert memory.between(rows()["Qwen2.5-0.5B"]["plain"], tokens) <= 0.9 * 24e9
     assert memory.between(rows()["Qwen2.5-1.5B"]["plain"], tokens) <= 0.9 * 80e9
+
+
+@pytest.mark.parametrize("card, mode, lora, size", [
+    ("80 GB", "plain", "", "1.5B"), ("80 GB", "checkpointed", "", "3B"), ("80 GB", "plain", ", LoRA 16", "8B"),
+    ("24 GB", "plain", "", "0.5B"), ("24 GB", "plain", ", LoRA 16", "1.5B"), ("24 GB", "checkpointed", ", LoRA 16", "8B")])
+def test_the_readme_names_the_largest_model_that_the_defaults_train(card, mode, lora, size):
+    """A pair of two longest responses is the most that they need at once. The 8B recipe has the defaults too."""
+    args, command = SCRIPTS["dpo"].parse_args(["--model", "any"]), recipe("dpo")
+    assert (command.micro_tokens, command.max_length) == (args.micro_tokens, args.max_length)
+    tokens = max(args.micro_tokens, 2 * args.max_length)
+    fits = [name for name in memory.SHAPES
+            if memory.between(rows()[name + lora][mode], tokens) <= 0.9 * memory.CARDS[card]]
+    assert fits[-1].endswith(size)
+    text = (ROOT / "README.md").read_text()
+    assert ("train all weights up to 1.5B on 80 GB, with `--activation_checkpointing` 3B, and with LoRA 8B; "
+            "on 24 GB 0.5B, with LoRA 1.5B, and with both 8B.") in text
 
 
 def test_the_largest_that_fits_by_hand():

@@ -13,11 +13,9 @@ from conftest import ROOT, SCRIPTS
 OWN = {"Row", "accumulate_gradient", "encode_row", "make_batches", "rows_of_group", "parse_args", "EVALUATED", "SHOWN"}
 OF_ONE = {"dpo": {"dpo_loss", "import torch.nn.functional as F"},
           "kto": {"kto_loss", "policy_logps", "score", "mismatched_pairs"},  # ẑ0 needs pairs of its own
-          "grpo": {"k3", "grpo_loss", "group_advantages", "math_reward", "final_answer", "usable", "math_reward.usable",
-                   "import functools", "import re", "import statistics",
+          "grpo": {"k3", "grpo_loss", "group_advantages", "import statistics",
                    "from torch.utils.data import DataLoader"}}  # fmt: skip
-LINES = {"humanline_dpo.py": 540, "humanline_kto.py": 575, "humanline_grpo.py": 605, "common.py": 324}
-REWARDS = ("math_reward", "final_answer", "usable", "math_reward.usable")
+LINES = {"humanline_dpo.py": 540, "humanline_kto.py": 575, "humanline_grpo.py": 595, "common.py": 324}
 
 
 def read(name):
@@ -72,8 +70,11 @@ def test_budgets(name):
         assert functions["main"].end_lineno - functions["main"].lineno < 100
 
 
-def test_the_reward_is_short():
-    assert sum(text.count("\n") + 1 for key, text in blocks("humanline_grpo.py").items() if key in REWARDS) <= 45
+def test_the_rewards_are_short():
+    lines = read("tests/experiments/rewards.py").splitlines()
+    assert len(lines) <= 120 and max(map(len, lines)) <= 120
+    used = imports_in(ast.parse("\n".join(lines)))
+    assert {*used} - {*sys.stdlib_module_names} == {"common", "math_verify", "latex2sympy2_extended", "transformers"}
 
 
 @pytest.mark.parametrize("name", LINES)
@@ -82,11 +83,9 @@ def test_one_statement_a_line_and_only_the_four_packages(name):
     tree = ast.parse(read(name))
     statements = [node.lineno for node in ast.walk(tree) if isinstance(node, ast.stmt)]
     assert len(statements) == len(set(statements))
-    optional = [*imports_in(tree, "math_reward"), *imports_in(tree, "final_answer")]
-    assert {*optional} == ({"math_verify"} if "grpo" in name else set())
     lora = imports_in(tree, "load_policy")  # where it is used, in no other function and not at the top
     assert lora == ([] if name == "common.py" else ["peft"])
-    assert sorted(module for module in imports_in(tree) if module not in allowed) == sorted([*optional, *lora])
+    assert sorted(module for module in imports_in(tree) if module not in allowed) == lora
     for branch in (node for node in ast.walk(tree) if isinstance(node, ast.If)):
         if "lora_rank" in ast.unparse(branch.test):
             lora = lora and [module for module in lora if module not in imports_in(branch)]

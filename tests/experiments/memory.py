@@ -10,8 +10,8 @@ averages) and 2 for each that LoRA freezes. The bf16 copies of float32 weights a
 
 The layers of these models are alike, so we trace two and three of them and go on in a straight line, each phase for
 itself; a test does the same with real tensors and all layers. An update is traced at three sizes; between them we
-interpolate, which never says too little, and beyond the largest the line goes on. Sampling is traced while it
-reads the longest prompts and while it writes the last token of the longest responses.
+interpolate, which never says too little, and beyond the largest the line goes on. Sampling is traced at the end of the
+longest responses, in their last round: while it reads its last tokens, and while it writes the last one.
 
 On CUDA the logits take half a block less. Not seen are a reward model, the allocator's rounding and fragmentation,
 kernels' work space and the CUDA context: leave a tenth of the card free. `./run.sh gpu` compares with a GPU.
@@ -92,7 +92,9 @@ class Live(TorchDispatchMode):
 
 def checkpoint(model) -> None:  # as --activation_checkpointing does
     getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
-    model.train()
+    for module in model.modules():
+        if hasattr(module, "gradient_checkpointing"):
+            module.training = True  # it checkpoints in training mode only; all else stays in eval mode
 
 def make_model(config, checkpointed: bool = False, rank: int = 0):
     """A random policy with gradients, as load_policy makes it on CUDA; under FakeTensorMode without data."""
@@ -103,6 +105,8 @@ def make_model(config, checkpointed: bool = False, rank: int = 0):
 
         with mock.patch.object(torch.nn.Module, "to", lambda module, *_, **__: module):  # there is no data to move
             get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"))
+        for module in model.modules():
+            module.cast_input_dtype_enabled = False
     if checkpointed:
         checkpoint(model)
     for weight in model.parameters():
@@ -133,27 +137,24 @@ def update_bytes(model, rows: int, length: int) -> list[int]:
 
 @torch.no_grad()
 def sampling_bytes(model, batch: int, prompt: int, response: int) -> list[int]:
-    """Peaks of a batch's first and last step of generation beyond weights and gradients."""
-    def step(length, past, cache):
+    """Peaks of the last round's last chunk of prefill, and of its last token, beyond weights and gradients."""
+    def logits(past, length):
         mask = torch.ones(batch, past + length, dtype=torch.long)
         mask[0, 0] = 0  # a shorter prompt, so that all need the mask
-        out = sampler(torch.ones(batch, length, dtype=torch.long), attention_mask=mask, past_key_values=cache,
-                      use_cache=True, logits_to_keep=1)
-        torch.multinomial(out.logits[:, -1].float().div(0.7).softmax(-1), 1)
+        return sampler(torch.ones(batch, length, dtype=torch.long), attention_mask=mask, past_key_values=cache,
+                       use_cache=True, logits_to_keep=1).logits
 
-    peaks = []
-    for past, length in ((0, prompt), (prompt + response - 1, 1)):
+    peaks, end = [], prompt + response
+    # Bytes that generate still has of each logit: the chunk before's in bf16; the token before's, scores and chances.
+    for past, length, size in ((end - 2 * common.ROUND, common.ROUND, 2), (end - 1, 1, 12)):
         cache = DynamicCache(config=model.config)
         with Live(known_of(model)) as live:
             memo = {id(buffer): buffer for buffer in model.buffers()}  # of tensors without data there is no deepcopy
             memo |= {id(w): torch.nn.Parameter(w.to(torch.bfloat16), False) for w in model.parameters()}
             sampler = copy.deepcopy(model, memo)  # as sample_responses does
-            if past:  # grow the cache by a forward pass that does not count
-                step(past, 0, cache)
-                live.peak = live.now
-                # generate's logits, scores and chances of the step before
-                held = torch.zeros(3, batch, model.config.get_text_config().vocab_size)
-            step(length, past, cache)
+            held = torch.zeros(size, *logits(0, past).shape, dtype=torch.uint8)  # this fills the cache, and
+            live.peak = live.now  # does not count
+            torch.multinomial(logits(past, length)[:, -1].float().div(0.7).softmax(-1), 1)
         peaks.append(live.peak)
     return peaks
 
@@ -201,11 +202,6 @@ def between(points: list, x: float) -> float:
     (x0, y0), (x1, y1) = points[i - 1 : i + 1]
     return y0 + (x - x0) * (y1 - y0) / (x1 - x0)
 
-def slope(points: list) -> float:
-    """Bytes a token, at the largest sizes."""
-    (x0, y0), (x1, y1) = points[-2:]
-    return (y1 - y0) / (x1 - x0)
-
 def largest(points: list, card: float, step: int) -> str:
     """The largest multiple of step that leaves a tenth of the card free."""
     fits = 0
@@ -218,7 +214,7 @@ def memory_table(table: dict | None = None) -> str:
     flags = [f"{card}: `--{flag}`" for flag in ("micro_tokens", "gen_batch") for card in CARDS]
     lines = [["", "fixed", "MiB a token", *flags], ["---"] * 7]
     for name, row in (table or json.loads(RESULT.read_text()))["models"].items():
-        plain, checkpointed = (slope(row[mode]) / 2**20 for mode in MODES)
+        plain, checkpointed = ((between(row[mode], 2e6) - between(row[mode], 1e6)) / 1e6 / 2**20 for mode in MODES)
         fixed = 18 * row["trained"] + 2 * (row["parameters"] - row["trained"])
         line = [name, f"{fixed / 2**30:.1f} GiB", f"{plain:.2f} ({checkpointed:.2f})"]
         for card in CARDS.values():
