@@ -72,9 +72,9 @@ def test_budgets(name):
 
 def test_the_rewards_are_short():
     lines = read("tests/experiments/rewards.py").splitlines()
-    assert len(lines) <= 80 and max(map(len, lines)) <= 120
+    assert len(lines) <= 120 and max(map(len, lines)) <= 120
     used = imports_in(ast.parse("\n".join(lines)))
-    assert {*used} - {*sys.stdlib_module_names} == {"common", "math_verify", "transformers"}
+    assert {*used} - {*sys.stdlib_module_names} == {"common", "math_verify", "latex2sympy2_extended", "transformers"}
 
 
 @pytest.mark.parametrize("name", LINES)

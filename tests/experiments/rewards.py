@@ -6,37 +6,94 @@ import re
 
 from common import BadInput
 
+# Words of mathematics, and those that make another number of the one before them: neither units nor prose.
+MATH = (r"\b(?:or|and|to|out|plus|minus|times|over|than|point|per ?cent|dozen|hundreds?|thousands?|\w+illions?|half"
+        r"|halves|thirds?|quarters?|(?!month)\w+[fxndh]ths|squared|cubed|factorial|root|sqrt|sin|cos|tan|cot|exp|log"
+        r"|mod|base|choose|remainder|inf|infinity|alpha|beta|theta|lambda|abc|xyz)\b")  # fmt: skip
+PROSE = rf"\n|=.*=|[≈→⇒]|: |.{{200}}|(?<![\\{{])(?!{MATH})\b(?:[A-Za-z]{{3,}}|[Ii]s|[Ii]t|[Ss]o|[Ww]e)\b"
+UNIT = (rf"(?:\s+(?!{MATH})(?:[A-Za-z]{{3,}}|[mgshLNJWV]$)|\s*(?:[mcdk]m|mi|ft|in|yd|mg|kg|lb|oz|m[lL]|hr|ms|k[JW]"
+        r"|Pa|Hz|kr|sq|cu|[GM]B|st|nd|rd|th|[mgLJNWV](?=/|\\cdot )))")
+CHOICE = r"(?i:option |choice )?\(?([A-Z])(?:[).:]+|$)(?!\s*(?:(?:or|and|is)\b|,)|.*(?:\n|\b[A-Z][).:]))\s*(.*)"
+CLEAN = (  # what stands around an answer: \text{}, spaces, marks of mathematics and money, words, stops, degrees, units
+    (r" ?\\(?:text|math(?!bb)|mbox)\w*\s*\{([^{}]*)\}", r" \1"),
+    (r"(?:[^\S\n]|~|(?<!\\)\\(?:[,;: ]|q?quad))+", " "),
+    (r"(?<!\\)\\[()\[\]]|\\?[$£¥¢₠-₿]|\\(?:pounds|euro|yen)(?![a-z])", ""),
+    (r"(?i)^\W*(?:the )?(?:final )?answer(?: is|:)*(?!\w)|^\s*(?:US|USD|EUR|GBP|Rs\.?)\s*(?=\d)", ""),
+    (r"[\s.,;]+$|^\s+", ""),
+    (r"(?:[°º]|\^\{?\\circ\}?)\s*[CFK]?$", ""),
+    (r"(?<![\w.])(\d*\.?\d+)[eE]([-+]?\d+)$", r"\1 \\cdot 10^{\2}"),
+    (rf"((?:[\d}}]|\\pi)[a-z]{{0,2}}?){UNIT}(?:[\s/·,²³-]|\^\{{?-?\d\}}?|\\cdot"
+     rf"|(?<![A-Za-z])(?!{MATH})(?:[A-Za-z]{{2,}}|[amgshLNJWV]))*$", r"\1"),
+)
+
 
 def math_reward(prompts, completions, answer, **columns) -> list[float]:
-    """1.0 where math-verify finds a completion's final answer equal to the row's `answer`."""
-    from math_verify import verify
+    r"""1.0 where a completion's last <answer>, else its last \boxed{}, else what follows its last ####, else all of
+    it, after any thought, is the row's `answer`; what both have of letter and value must agree, as in (B) \frac12.
+    Limits. math-verify reads sentences: the last number counts, whatever stands around it. To it 50% is 0.5 and 50,
+    1:2 is 0.5, R is r, x = 2, y = 3 is (3, 2), and a tiny number within a list or an equation is 0. Units, currencies
+    and other words behind a number are dropped, not compared, unless MATH has them. Only capitals are choices."""
     texts = [text if isinstance(text, str) else text[-1]["content"] for text in completions]
-    return [float(verify(final_answer(g, True), final_answer(x))) for g, x in zip(answer, texts)]
-
-def final_answer(text, gold=False) -> list:
-    """As math-verify reads it: the last \\boxed{}, what follows the last ####, else the text, after
-    any thought. A word or a date stays one: as mathematics, "on" is o times n, so it is "no"."""
-    from math_verify import parse
-    text = ("" if text is None else str(text)).rpartition("</think>")[2]
-    text = "" if "<think>" in text else text  # a thought without an end
-    answer = f"\\boxed{{{text.strip()}}}" if gold or " " not in text.strip() else text
-    if "\\boxed" in text:
-        answer = text[text.rindex("\\boxed") :]
-    elif "####" in text:  # or "#### **Final Answer**" and 18 below, "#### 18 dollars in all"
-        rest = re.sub(r"(?i)\*|(the )?(final )?answer( is)?:?", "", text.rpartition("####")[2])
-        line = rest.strip().partition("\n")[0]
-        answer = line if re.search(r"\d.*\s[A-Za-z]{2}", line) else f"\\boxed{{{line}}}"
-    plain = re.sub(r"\\(?:text|math)\w*\{([^{}]*)\}", r"\1", answer)
-    word = re.match(r"\\boxed\{[ (*]*([A-Za-z]{2}[A-Za-z ]*|\d{4}-\d\d-\d\d)[ .)*]*\}", plain)
-    return [word[1].strip().lower()] if word else parse(answer)
+    return [float(agree(read(gold, True), read(text))) for gold, text in zip(answer, texts)]
 
 def usable(row: dict) -> bool:
     """Whether a row's answer can be read; others are dropped. "proof" means that there is none."""
     if "answer" not in row:
         raise BadInput("math_reward reads the column answer, and there is none")
-    return final_answer(row["answer"], True)[:1] not in ([], ["proof"], ["notfound"], ["none"])
+    letter, value = read(row["answer"], True)
+    return bool(letter) or value[:1] not in ([], ["proof"], ["notfound"], ["none"])
 
 math_reward.usable = usable
+
+def agree(gold: tuple, found: tuple) -> bool:
+    """Whether there is a letter or a value that both have, and all such are equal: tiny numbers relatively."""
+    from math_verify import verify
+    shared = [both for both in zip(gold, found) if all(both)]
+    if not shared or not all(verify(*both) for both in shared):
+        return False
+    a, b = (x[0] for x in shared[-1])
+    if a == b or not all(getattr(x, "is_comparable", False) for x in (a, b)):  # not two real numbers
+        return True
+    size = max(abs(a.evalf()), abs(b.evalf()))
+    return not 0 < size < 1e-4 or verify(a / size, b / size)
+
+def read(text, gold=False) -> tuple:
+    """The letter and the value of a final answer, each as a list for verify, [] where there is none."""
+    from latex2sympy2_extended.math_normalization import NormalizationConfig, extract_boxed_content
+    from math_verify import LatexExtractionConfig, parse
+    text = ", ".join(map(str, text)) if isinstance(text, list) else "" if text is None else str(text)
+    text = re.sub(r"""^\s*\[(\s*["'].*)\]\s*$""", r"\1", text)  # a list that became a text
+    text = re.sub(r"(?i)<\s*(/?)\s*(think|answer)(?:ing)?\s*>", lambda tag: f"<{tag[1]}{tag[2].lower()}>", text)
+    text = text.rpartition("</think>")[2]
+    text = "" if "<think>" in text else text  # a thought without an end
+    text = text.rpartition("<answer>")[2].partition("</answer>")[0].replace("`", " ")
+    text = re.sub(r"(?<![^\s{])(\*{1,3}|__?)(?=\S)(.+?)\1", r"\2", text).strip()  # **18**
+    text = re.sub(r"(?<=\d)(?<!\d{4})(?:,?\\[,;:! ]|~|[^\S\n])(?=\d{3}(?!\d))", "", text)  # 10\,000
+    exact = gold or "\\boxed" in text
+    if "\\boxed" in text:
+        text = extract_boxed_content(text[text.rindex("\\boxed") :])
+        text = text if text.count("{") == text.count("}") else ""  # cut off
+    elif "####" in text:
+        text = next(filter(clean, text.rpartition("####")[2].splitlines()), "")
+    said = re.findall(r"(?im)\b(?:answer|option|choice)(?: is|:)+\s*(.+?)(?:\.\s|\.?\s*$)", text)
+    if said and re.match(CHOICE, clean(said[-1])):
+        text = said[-1]
+    choice = re.match(CHOICE, clean(text))
+    letter, span = ([choice[1]], clean(choice[2])) if choice else ([], clean(text))
+    word = re.fullmatch(r"[ (*]*([A-Za-z]{2}[A-Za-z ]*|\d{4}-\d\d-\d\d)[ .)*]*", span)
+    if word:  # as mathematics "on" is o times n, so it is "no"
+        return letter, [" ".join(word[1].lower().split())]
+    config = NormalizationConfig(malformed_operators=True, boxed="last")  # no units: 2t is not 2
+    formula = exact or not re.search(PROSE, span)
+    found = parse(f"\\boxed{{{span}}}", [LatexExtractionConfig(normalization_config=config)]) if formula else []
+    if not exact and len(found) < 2:
+        found = parse(text)
+    return letter, [*found, span] if span else []
+
+def clean(span: str) -> str:
+    for pattern, mark in CLEAN:
+        span = re.sub(pattern, mark, span)
+    return span
 
 
 def model_reward(prompts, completions, **columns) -> list[float]:
