@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import bench
 import common
-import evidence
 import gpu
 import humanline_dpo
 import real_model
@@ -39,12 +39,11 @@ def table(tmp_path_factory) -> dict[str, list]:
         for step in gpu.LIMITS:
             folder = tmp_path_factory.mktemp(step)
             patch.chdir(folder)  # checks() writes rows there
-            checks = (check for check in gpu.checks(step, True) if check[0] != "compiled model")  # layers are enough
-            found[step] = [row for check in checks for row in rows_of(folder, check)]
+            found[step] = [row for check in gpu.checks(step, True) for row in rows_of(folder, check)]
     return found
 
 
-LEAST = {"right": 16, "scripts": 7, "memory": 4, "speed": 4, "variants": 6, "sampling": 2, "real": 1}
+LEAST = {"right": 16, "scripts": 7, "memory": 4, "speed": 4, "variants": 9, "sampling": 2, "real": 1}
 
 
 @pytest.mark.parametrize("step, least", LEAST.items())
@@ -57,9 +56,40 @@ def test_what_is_measured_is_there(table):
     assert len([row for row in table["right"] if "limits" in row]) == 9
     for step in ("scripts", "speed", "variants", "sampling"):
         assert all(row["tokens/s"] > 0 for row in table[step])
-    assert {row["tokens"] for row in table["speed"]} == {16 * (128 + 16 + 4)}  # TRL's are ours
+    for kind in ("dpo", "grpo"):  # 3 updates of 16 responses, each with its prompt and 4 tokens more; TRL's are ours
+        ours, trl = (row["tokens"] for row in table["speed"] if kind in row["name"])
+        assert ours == trl and 0.8 < ours / (3 * 16 * (128 + 20 + 4)) < 1.2
     assert all(row["share"] > 0 and row["TFLOP/s"] > 0 for row in table["speed"] if "ours" in row["name"])
     assert table["real"][0]["left out"] in ("it is not tiny", "not there")
+
+
+def test_lengths_are_ragged_but_where_a_variant_has_equal_ones(monkeypatch, tmp_path):
+    """Of prompts and responses; and in sampling of prompts, while responses end at any token."""
+    monkeypatch.chdir(tmp_path)
+    for name, *_ in (check for step in ("speed", "variants") for check in gpu.checks(step, True)):
+        texts = [[row["prompt"], *row.get("completions", [row.get("chosen")])] for row in bench.read(Path("rows.jsonl"))]
+        prompts, responses = {len(x[0]) for x in texts}, {len(text) for _, *some in texts for text in some}
+        assert len(prompts) == len(responses) == 1 if "equal" in name else len(prompts) > 20 < len(responses)
+    seen, right = [], common.sample_responses
+
+    def sample_responses(model, tokenizer, prompts, new, *given):
+        examples, texts = right(model, tokenizer, prompts, new, *given)
+        seen.append((prompts, [len(example.response) for example in examples], new))
+        return examples, texts
+
+    monkeypatch.setattr(common, "sample_responses", sample_responses)
+    rows_of(tmp_path, ("sample", gpu.sample, 2))
+    prompts, lengths, new = seen[1]
+    assert len({*map(len, prompts)}) > 2 and 1 < len({*lengths}) and max(lengths) <= new
+
+
+def test_cudnns_attention_is_off_but_in_two_variants(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    on = [name for name, *_ in gpu.checks("variants", True) if torch.backends.cuda.cudnn_sdp_enabled()]
+    assert on == ["equal lengths, cuDNN's attention on", "ragged lengths, cuDNN's attention on"]
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    gpu.main(["--step", "real", "--device", "cpu", "--tiny"])
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
 
 
 def test_a_wrong_head_is_found(monkeypatch, tmp_path):
@@ -110,20 +140,20 @@ def test_an_update_of_the_memory_step_is_what_is_traced(monkeypatch, tmp_path):
 
 
 def test_a_far_too_large_flag_must_end_in_the_line_that_names_it_and_no_other_run_may(monkeypatch, tmp_path):
-    right, tiny_model = common.response_logps, gpu.random_model
+    right, tiny_model = humanline_dpo.response_logps, gpu.random_model
 
     def response_logps(model, *given):
         if torch.is_grad_enabled():
             raise torch.cuda.OutOfMemoryError
         return right(model, *given)
 
-    monkeypatch.setattr(common, "response_logps", response_logps)
+    monkeypatch.setattr(humanline_dpo, "response_logps", response_logps)
     monkeypatch.setattr(gpu, "random_model", lambda name, args: tiny_model(name, TINY))
     args = SimpleNamespace(device="cpu", tiny=False)
     flags = "--batch_size 2 --micro_tokens 10000000"
     rows = rows_of(tmp_path, ("", gpu.whole_run, "dpo", flags), ("", gpu.whole_run, "dpo", "--batch_size 2"), args=args)
-    assert [row["ok"] for row in rows] == [True, False] and rows[0]["end"].startswith("error: out of memory")
-    monkeypatch.setattr(common, "response_logps", right)
+    assert [row["ok"] for row in rows] == [True, False] and rows[0]["end"].startswith("out of memory")
+    monkeypatch.setattr(humanline_dpo, "response_logps", right)
     (row,) = rows_of(tmp_path, ("", gpu.whole_run, "dpo", flags), args=args)
     assert not row["ok"] and row["tokens/s"] > 0
 
@@ -151,13 +181,20 @@ def test_an_error_ends_a_check_and_not_its_step(tmp_path):
     def out_of_memory(args):
         raise torch.OutOfMemoryError
 
+    def told_by_a_script(args):
+        raise common.BadInput("out of memory") from torch.OutOfMemoryError()
+
+    def a_wrong_input(args):
+        raise common.BadInput("no such file") from OSError()
+
     def not_there(args):
         import no_such_package  # noqa: F401
 
     rows = rows_of(tmp_path, ("no number", lambda args: {"a": 1 / 0}), ("too large", out_of_memory), ("TRL", not_there),
+                   ("too large too", told_by_a_script), ("input", a_wrong_input),
                    ("exit", lambda args: sys.exit("error: a line")), ("a number", lambda args: {"a": 1}))
-    assert [row.get("ok") for row in rows] == [False, True, True, False, None]
-    assert "division by zero" in rows[0]["error"] and "a line" in rows[3]["error"]
+    assert [row.get("ok") for row in rows] == [False, True, True, True, False, False, None]
+    assert "division by zero" in rows[0]["error"] and "a line" in rows[5]["error"]
 
 
 @pytest.mark.skipif(not shutil.which("timeout"), reason="stops the steps")
@@ -193,13 +230,13 @@ def test_results_of_a_cpu_are_no_results_and_a_step_takes_the_flags_that_it_is_g
     program = tmp_path / "program.py"
     program.write_text("import json, os, sys\nprint(json.dumps({'name': os.getcwd(), 'argv': sys.argv[1:]}))\n")
     monkeypatch.setattr(gpu, "__file__", str(program))
-    monkeypatch.setattr(gpu, "RESULT", tmp_path / "gpu.json")
+    monkeypatch.setattr(bench, "RESULTS", tmp_path)
     found, run_step = [], gpu.run_step
     monkeypatch.setattr(gpu, "run_step", lambda *given: found.append(run_step(*given)) or found[-1])
     with pytest.raises(SystemExit, match="0"):
         gpu.main(["--device", "cpu", "--tiny", "--only", "real", "--seconds", "9"])
     (row,) = found[0]["found"]
-    assert not gpu.RESULT.exists() and not Path(row["name"]).exists()  # a folder of its own
+    assert not (tmp_path / "gpu.json").exists() and not Path(row["name"]).exists()  # a folder of its own
     capsys.readouterr()
     gpu.main(row["argv"])
     assert json.loads(capsys.readouterr().out)["name"] == "real model" and "--tiny" in row["argv"]
@@ -210,24 +247,27 @@ def test_without_a_gpu_there_is_a_line_that_says_so():
         gpu.main([])
 
 
-def test_the_real_step_runs_the_evidence_and_records_the_runs_of_this_card(monkeypatch, tmp_path):
-    commands, parts = [], tmp_path / "a.gguf"
-    results = [{"run": ["sentiment", "dpo"], "score": 0.25, "kl": 1.5, "wall": 9, "machine": "a card"},
-               {"run": ["letters", "kto"], "score": 0.75, "wall": 9, "machine": "x86_64, 2 cores"}]
-    monkeypatch.setattr(evidence, "finished", lambda: dict(enumerate(results)))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a card")
-    monkeypatch.setattr(subprocess, "run", lambda command: commands.append(command) or SimpleNamespace(returncode=-9))
+def test_the_real_step_makes_runs_of_the_evidence_and_counts_them(monkeypatch, tmp_path):
+    commands, parts, store = [], tmp_path / "a.gguf", tmp_path / "evidence.jsonl"
+    store.write_text('{"run": 1}\n')
+
+    def run(command):
+        commands.append(command)
+        store.write_text(store.read_text() * 3)
+        return SimpleNamespace(returncode=-9)
+
+    monkeypatch.setattr(subprocess, "run", run)
     monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(bench, "RESULTS", tmp_path)
     monkeypatch.setattr(real_model, "MODEL", tmp_path / "none")
     monkeypatch.setattr(real_model, "PARTS", parts)
     args = SimpleNamespace(device="cpu", tiny=False, seconds=40)
     assert rows_of(tmp_path, ("real", gpu.real), args=args) == [{"name": "real", "left out": "not there", "GiB": 0}]
     parts.touch()
     rows = rows_of(tmp_path, ("real", gpu.real), args=args)
-    assert rows[0] == {"name": "sentiment dpo", "score": 0.25, "kl": 1.5, "seconds": 9}
-    assert rows[1:] == [{"name": "real", "ended": -9, "ok": True, "GiB": 0}]  # as many as fit
+    assert rows == [{"name": "real", "runs": 2, "ended": -9, "ok": True, "GiB": 0}]  # as many as fit
     assert commands[0][:4] == ["timeout", "-s", "KILL", "35"] and commands[0][5:] == [
-        evidence.__file__, "--device", "cpu", "--only", "main", "--jobs", "4"]
+        str(real_model.HERE / "evidence.py"), "--device", "cpu", "--jobs", "4"]
 
 
 def test_wheels_are_the_versions_that_we_pin(monkeypatch):

@@ -95,7 +95,7 @@ def test_sampling_takes_what_is_traced(tiny, monkeypatch):
     monkeypatch.setattr(common, "end_of_turn", lambda tokenizer: ("", []))
     monkeypatch.setitem(common.SAMPLING_DTYPE, "cpu", torch.bfloat16)
     monkeypatch.setattr(toy_world.PreTrainedTokenizerFast, "batch_decode", lambda *_, **__: [])
-    with memory.Live(memory.known_of(model)) as live:
+    with memory.Live(model) as live:
         examples, _ = common.sample_responses(model, tokenizer, [[5] * 24, [5] * 23] * 8, 40, 0.7, 16)
     assert {len(example.response) for example in examples} == {40}
     assert max(memory.sampling_bytes(model, 16, 24, 40)) == pytest.approx(live.peak, rel=0.03)

@@ -31,7 +31,6 @@ import statistics
 import subprocess
 import sys
 import time
-from itertools import pairwise
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -95,15 +94,15 @@ def data_for(method: str, seed: int) -> Path:
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return file
 
-def made_up(method: str, count: int, rng: random.Random) -> list[dict]:
-    """Rows with random characters, each a token, of about GSM8K's lengths."""
+def made_up(method: str, count: int, rng: random.Random, prompt=63, response=125, spread=0.5) -> list[dict]:
+    """Rows with random characters, each a token: of about GSM8K's lengths, each up to `spread` of them off."""
     rows = []
     for i in range(count):
-        sizes = [int(mean * rng.uniform(0.5, 1.5)) for mean in (63, *[125] * GROUP)]
-        prompt, *texts = ["".join(rng.choices("abcdefgh", k=size)) for size in sizes]
+        sizes = [int(mean * rng.uniform(1 - spread, 1 + spread)) for mean in (prompt, *[response] * GROUP)]
+        question, *texts = ["".join(rng.choices("abcdefgh", k=size)) for size in sizes]
         more = {"dpo": {"chosen": texts[0], "rejected": texts[1]}, "kto": {"completion": texts[0], "label": i % 2 == 0},
                 "grpo": {"completions": texts, "rewards": [*range(GROUP)]}}[method]
-        rows.append({"prompt": prompt} | more)
+        rows.append({"prompt": question} | more)
     return rows
 
 
@@ -239,6 +238,8 @@ def measure_trl(spec: dict) -> dict:
 
     class Clock(TrainerCallback):  # the last callback: the sync is over
         def on_step_end(self, *_, **__):
+            if args.device == "cuda":
+                torch.cuda.synchronize()
             ended.append(time.perf_counter())
 
         on_train_begin = on_step_end
@@ -246,8 +247,9 @@ def measure_trl(spec: dict) -> dict:
     trainer.add_callback(Clock())
     with contextlib.redirect_stdout(sys.stderr):
         trainer.train()
-    tokens, times = sum(len(e.ids) for row in batches[-1] for e in row.examples), [b - a for a, b in pairwise(ended)]
-    seconds = statistics.median(times[1:] or times)
+    warm_up = 1 if len(batches) > 1 else 0
+    tokens = sum(len(e.ids) for batch in batches[warm_up:] for row in batch for e in row.examples)
+    seconds = ended[-1] - ended[warm_up]
     return {"tokens_per_second": tokens / seconds, "seconds": seconds, "memory": peak_memory(), "tokens": tokens}
 
 

@@ -55,20 +55,22 @@ ROWS = (1, 8, 16)  # of 2 H tokens, in a traced micro-batch
 BATCHES = (16, 128, 1024)  # responses that a traced step samples
 PROMPT, RESPONSE = 1024, 2048  # longest of the GRPO recipe: --max_length 3072 --max_new_tokens 2048
 
-def config_of(name: str):
-    if name not in SHAPES:
+def config_of(name: str, shapes: dict = SHAPES):
+    if name not in shapes:
         return AutoConfig.from_pretrained(name)
-    family, vocabulary, hidden, inner, layers, heads, kv, tied = SHAPES[name]
+    family, vocabulary, hidden, inner, layers, heads, kv, tied = shapes[name]
     return AutoConfig.for_model(
         family, vocab_size=vocabulary, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers,
         num_attention_heads=heads, num_key_value_heads=kv, tie_word_embeddings=tied, max_position_embeddings=2**17)
 
 class Live(TorchDispatchMode):
-    """Bytes of all storages that operations have made and nobody has dropped; known ones do not count."""
+    """Bytes of all storages that operations have made and nobody has dropped, but for the model's weights and gradients,
+    which `states` counts."""
 
-    def __init__(self, known):
+    def __init__(self, model):
         super().__init__()
         self.now, self.peak, self.peaks = 0, 0, []
+        known = [x for weight in model.parameters() for x in (weight, weight.grad) if x is not None]
         self.seen = {x.untyped_storage()._cdata for x in known}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -93,8 +95,7 @@ class Live(TorchDispatchMode):
 def checkpoint(model) -> None:  # as --activation_checkpointing does
     getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     for module in model.modules():
-        if hasattr(module, "gradient_checkpointing"):
-            module.training = True  # it checkpoints in training mode only; all else stays in eval mode
+        module.training = hasattr(module, "gradient_checkpointing")
 
 def make_model(config, checkpointed: bool = False, rank: int = 0):
     """A random policy with gradients, as load_policy makes it on CUDA; under FakeTensorMode without data."""
@@ -113,15 +114,11 @@ def make_model(config, checkpointed: bool = False, rank: int = 0):
         weight.grad = torch.zeros_like(weight) if weight.requires_grad else None
     return model
 
-def known_of(model) -> list:
-    """Weights and gradients, which `states` counts."""
-    return [x for weight in model.parameters() for x in (weight, weight.grad) if x is not None]
-
 def update_bytes(model, rows: int, length: int) -> list[int]:
-    """Peaks of a micro-batch's forward pass, backward pass and embedding's gradient, beyond weights and gradients."""
+    """Peaks of a micro-batch's forward pass, backward pass and embedding's gradient."""
     ids = torch.ones(8 + length, dtype=torch.int32)  # a prompt of 8 tokens, then the response
     examples = [common.Example(ids, 8)] * rows
-    with Live(known_of(model)) as live:
+    with Live(model) as live:
         def embedded(module, inputs, out):
             if out.requires_grad:  # LoRA trains no embedding
                 out.register_hook(live.end_phase)
@@ -137,7 +134,7 @@ def update_bytes(model, rows: int, length: int) -> list[int]:
 
 @torch.no_grad()
 def sampling_bytes(model, batch: int, prompt: int, response: int) -> list[int]:
-    """Peaks of the last round's last chunk of prefill, and of its last token, beyond weights and gradients."""
+    """Peaks of the last round's last chunk of prefill, and of its last token."""
     def logits(past, length):
         mask = torch.ones(batch, past + length, dtype=torch.long)
         mask[0, 0] = 0  # a shorter prompt, so that all need the mask
@@ -148,7 +145,7 @@ def sampling_bytes(model, batch: int, prompt: int, response: int) -> list[int]:
     # Bytes that generate still has of each logit: the chunk before's in bf16; the token before's, scores and chances.
     for past, length, size in ((end - 2 * common.ROUND, common.ROUND, 2), (end - 1, 1, 12)):
         cache = DynamicCache(config=model.config)
-        with Live(known_of(model)) as live:
+        with Live(model) as live:
             memo = {id(buffer): buffer for buffer in model.buffers()}  # of tensors without data there is no deepcopy
             memo |= {id(w): torch.nn.Parameter(w.to(torch.bfloat16), False) for w in model.parameters()}
             sampler = copy.deepcopy(model, memo)  # as sample_responses does

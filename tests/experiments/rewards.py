@@ -39,7 +39,7 @@ def math_reward(prompts, completions, answer, **columns) -> list[float]:
 def usable(row: dict) -> bool:
     """Whether a row's answer can be read; others are dropped. "proof" means that there is none."""
     if "answer" not in row:
-        raise BadInput("math_reward reads the column answer, and there is none")
+        raise BadInput(f"math_reward reads the column answer; there are {', '.join(row)}")
     letter, value = read(row["answer"], True)
     return bool(letter) or value[:1] not in ([], ["proof"], ["notfound"], ["none"])
 
