@@ -57,8 +57,8 @@ def main() -> None:
     pairs = real_model.read(OUT / "plain/pairs.jsonl")
     example = next(row for row in pairs if row["prompt"] == EXAMPLE)
     print(f"""SmolLM2-135M-Instruct, a small language model, is to learn to write cheerful sentences. For
-{len(pairs)} prompts we have four of its sentences each. VADER, a list of words that people have rated, scores how cheerful
-they are, from −1 to 1. Of each four the best is "chosen" and the worst "rejected":
+{len(pairs)} prompts we have four of its sentences each. VADER, a list of words that people have rated, scores how
+cheerful they are, from −1 to 1. Of each four the best is "chosen" and the worst "rejected":
 
   prompt    {EXAMPLE}
   chosen    {example["chosen"].strip()}
