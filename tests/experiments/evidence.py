@@ -161,8 +161,9 @@ def argv(run: Run, folder: Path, device: str) -> list[str]:
     file = "prompts.jsonl" if samples else f"{data}.jsonl"
     flags = f"{FLAGS} {WAYS[run.way]} --sync_every {run.k} --beta {run.beta} --lr {run.lr} --seed {run.seed}"
     flags += f" --batch_size {batch} --save_every {int(samples)} --device {device}"
-    return [*flags.split(), "--model", str(real_model.MODEL), "--data", f"{folder}/{file}", "--output_dir", f"{folder}/run",
-            "--reward", f"{HERE}/real_model.py:sentiment", "--system_prompt", real_model.SYSTEM]
+    return [*flags.split(), "--model", str(real_model.MODEL), "--data", f"{folder}/{file}",
+            "--output_dir", f"{folder}/run", "--reward", f"{HERE}/real_model.py:sentiment",
+            "--system_prompt", real_model.SYSTEM]
 
 def count_only(perceive, logratio, mask, mode, *bounds):
     """Without clipping a script counts no token as clipped; here it counts those that clipping would have clipped."""
