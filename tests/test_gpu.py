@@ -144,7 +144,7 @@ def test_a_far_too_large_flag_must_end_in_the_line_that_names_it_and_no_other_ru
 
     def response_logps(model, *given):
         if torch.is_grad_enabled():
-            raise torch.cuda.OutOfMemoryError
+            raise torch.cuda.OutOfMemoryError("out of memory")
         return right(model, *given)
 
     monkeypatch.setattr(humanline_dpo, "response_logps", response_logps)
@@ -152,7 +152,7 @@ def test_a_far_too_large_flag_must_end_in_the_line_that_names_it_and_no_other_ru
     args = SimpleNamespace(device="cpu", tiny=False)
     flags = "--batch_size 2 --micro_tokens 10000000"
     rows = rows_of(tmp_path, ("", gpu.whole_run, "dpo", flags), ("", gpu.whole_run, "dpo", "--batch_size 2"), args=args)
-    assert [row["ok"] for row in rows] == [True, False] and rows[0]["end"].startswith("out of memory")
+    assert [row["ok"] for row in rows] == [True, False] and "out of memory" in rows[0]["end"]
     monkeypatch.setattr(humanline_dpo, "response_logps", right)
     (row,) = rows_of(tmp_path, ("", gpu.whole_run, "dpo", flags), args=args)
     assert not row["ok"] and row["tokens/s"] > 0

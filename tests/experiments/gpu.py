@@ -75,10 +75,11 @@ def write_rows(kind: str, count: int, prompt: int, response: int, spread=0.0) ->
 
 def train(args, kind: str, model, data: Path, flags: str, before=lambda *_: None, end=None) -> list[dict]:
     """Metrics of a script's updates, up to `end`, each after before(number, batch); model None: the folder policy."""
-    script, loaded = importlib.import_module(f"humanline_{kind}"), (model, toy_world.make_tokenizer(), model)
+    script, tokenizer = importlib.import_module(f"humanline_{kind}"), toy_world.make_tokenizer()
+    tokenizer.save_pretrained("policy")
     argv = f"""--model policy --data {data} --output_dir run --overwrite --device {args.device} --sync_every 1
         --warmup 1 --eval_size 0 --save_every 0 --max_length 4096 --micro_tokens 8192 {flags}""".split()
-    load_policy = (lambda _: loaded) if model else script.load_policy
+    load_policy = (lambda _: (model, tokenizer, model)) if model else script.load_policy
     with mock.patch.multiple(script, load_policy=load_policy, accumulate_gradient=script.accumulate_gradient):
         bench.run_script(script, script.parse_args(argv), before, end)
     return bench.read(Path("run/metrics.jsonl"))[1:]
@@ -134,9 +135,8 @@ def chance(prompts, **columns) -> list[float]:  # a reward
 
 def whole_run(args, kind: str, flags: str) -> dict:
     """A script from a model folder to a trained one, or to the line that names --micro_tokens."""
-    if not Path("policy").exists():
+    if not Path("policy/config.json").exists():
         random_model("Qwen2.5-0.5B", args).save_pretrained("policy")
-        toy_world.make_tokenizer().save_pretrained("policy")
     too_large = "micro_tokens" in flags and not args.tiny
     data = write_rows(kind, 96, 9, *((20, 0.6) if args.tiny else (1900, 0.0) if too_large else (250, 0.6)))
     try:
