@@ -6,7 +6,7 @@ import re
 
 from common import BadInput
 
-# Words of mathematics, and those that make another number of the one before them: neither units nor prose.
+# Words that are mathematics or change a number; signs of a sentence; units behind a number; a choice and its rest.
 MATH = (r"\b(?:or|and|to|out|plus|minus|times|over|than|point|per ?cent|dozen|hundreds?|thousands?|\w+illions?|half"
         r"|halves|thirds?|quarters?|(?!month)\w+[fxndh]ths|squared|cubed|factorial|root|sqrt|sin|cos|tan|cot|exp|log"
         r"|mod|base|choose|remainder|inf|infinity|alpha|beta|theta|lambda|abc|xyz)\b")  # fmt: skip
