@@ -47,6 +47,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from common import TOO_LARGE, BadInput, Example, check_model, encode, errors_in, micro_batches
 from common import prompt_in, response_logps, sample_responses
@@ -377,8 +378,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def load_policy(args) -> tuple:
     """The policy without dropout, its tokenizer, and what is saved: it, or its adapters."""
     torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew, up to seconds, for every new shape
-    too_large = errors_in("the model is too large", torch.OutOfMemoryError)
-    with errors_in(f"--model {args.model}"), too_large:
+    with errors_in(f"--model {args.model}"), errors_in("it is too large", torch.OutOfMemoryError):
         missing = "/" in args.model and not Path(args.model).exists()
         if missing and (Path(args.model).parent.is_dir() or args.model.count("/") > 1):
             raise BadInput("there is no such folder")
@@ -411,7 +411,7 @@ def load_policy(args) -> tuple:
     if args.activation_checkpointing:
         model.gradient_checkpointing_enable()
         for module in model.modules():  # works in training mode, which others would notice
-            module.training = hasattr(module, "gradient_checkpointing")
+            module.training = isinstance(module, GradientCheckpointingLayer)
     return model, tokenizer, saved
 
 def load_reward(name: str | None) -> Callable:

@@ -311,8 +311,8 @@ def test_a_disk_that_is_full_leaves_the_checkpoint_before(script, run, tmp_path,
 
 SMALLER = "^lower --micro_tokens, or add --activation_checkpointing or --lora_rank: CUDA out of memory. Tried"
 SHORTAGES = {  # what runs out of memory: the module, its attribute, the words
-    "loading": (AutoModelForCausalLM, "from_pretrained", "^--model .*: the model is too large: CUDA out of memory"),
-    "the check": (humanline_dpo, "check_model", "^--model .*: the model is too large: CUDA out of memory"),
+    "loading": (AutoModelForCausalLM, "from_pretrained", "^--model .*: it is too large: CUDA out of memory"),
+    "the check": (humanline_dpo, "check_model", "^--model .*: it is too large: CUDA out of memory"),
     "sampling": (LlamaForCausalLM, "generate", "^lower --gen_batch: CUDA out of memory"),
     "scoring": (humanline_dpo, "policy_logps", SMALLER),
     "backward": (torch.Tensor, "backward", SMALLER),

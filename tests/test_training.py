@@ -478,7 +478,7 @@ def test_activation_checkpointing_computes_layers_again(script, flags):
         logp, _ = common.response_logps(model, [example([*range(4, 20)], 3)])
         logp.sum().backward()
         training = {type(module).__name__ for module in model.modules() if module.training}
-        assert training == ({"LlamaModel", "LlamaDecoderLayer"} if more else set())
+        assert training == ({"LlamaDecoderLayer"} if more else set())
     assert calls == [2, 4]  # two layers
 
 

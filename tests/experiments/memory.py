@@ -38,6 +38,7 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache  # noqa: E402
+from transformers.modeling_layers import GradientCheckpointingLayer  # noqa: E402
 
 import common  # noqa: E402
 
@@ -95,7 +96,7 @@ class Live(TorchDispatchMode):
 def checkpoint(model) -> None:  # as --activation_checkpointing does
     getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     for module in model.modules():
-        module.training = hasattr(module, "gradient_checkpointing")
+        module.training = isinstance(module, GradientCheckpointingLayer)
 
 def make_model(config, checkpointed: bool = False, rank: int = 0):
     """A random policy with gradients, as load_policy makes it on CUDA; under FakeTensorMode without data."""
