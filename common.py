@@ -25,9 +25,9 @@ MAX_PADDING = {"cpu": 64, "cuda": 512}
 # Weights of generate. Under autocast keys are float32, and so is the cache: twice as large.
 SAMPLING_DTYPE = {"cpu": torch.float32, "cuda": torch.bfloat16}
 ROUND = 256  # tokens that a batch samples before its finished responses leave it
-TOO_LARGE = "lower --micro_tokens, or add --activation_checkpointing or --lora_rank"  # an update
+TOO_LARGE = "lower --micro_tokens, or add --activation_checkpointing or --lora_rank"
 SYSTEM = ("system", "developer")
-UNREAD = ("tools", "image", "images", "history", "system_prompt", "input")  # columns
+UNREAD = ("tools", "image", "images", "history", "system_prompt", "input")  # parts of a prompt
 THOUGHTS = ("reasoning_content", "thinking")  # keys of a message
 
 class BadInput(ValueError):
@@ -200,7 +200,7 @@ def sample_responses(model, tokenizer, prompts: list[list[int]], max_new_tokens:
     config = sampler.generation_config = GenerationConfig(  # the checkpoint's may have a top_k
         do_sample=temperature > 0, temperature=temperature or 1.0, top_k=0, top_p=1.0,
         eos_token_id=sorted(stops), pad_token_id=tokenizer.pad_token_id,
-        prefill_chunk_size=None if model._is_stateful else ROUND)  # its memory; Mamba has no cache
+        prefill_chunk_size=None if model._is_stateful else ROUND)  # less memory; Mamba has no cache
     ids = [list(prompt) for prompt in prompts]  # and what has been sampled after them
     most = [len(prompt) + max_new_tokens for prompt in prompts]
     queue = deque(range(len(prompts)))

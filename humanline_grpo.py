@@ -207,8 +207,8 @@ def read_file(source: str) -> Iterator[tuple[int, dict]]:
         yield from enumerate(load_dataset(name, config or None, split=split or "train"), 1)
 
 def load_rows(source: str, limit: int | None, tokenizer, reward, args) -> tuple:
-    """The first rows of the data as tokens (for rollouts their prompts), how many were too long, a
-    checksum of all as they were read: templates may write the date."""
+    """The first rows of the data as tokens (for rollouts prompts), how many were too long, and a
+    checksum of all as they were read, since templates may write the date into the tokens."""
     read = encode_prompt_row if args.sample_every else encode_row
     rows, too_long, no_use, checksum = [], 0, 0, 0
     with errors_in(source):
@@ -466,7 +466,7 @@ def load_policy(args) -> tuple:
             module.cast_input_dtype_enabled = False
     if args.activation_checkpointing:
         model.gradient_checkpointing_enable()
-        for module in model.modules():  # works in training mode, which others would notice
+        for module in model.modules():  # works in training mode, where others add noise
             module.training = isinstance(module, GradientCheckpointingLayer)
     return model, tokenizer, saved
 

@@ -1,6 +1,6 @@
 """GPU memory of an update and of sampling, computed from a model's shape, without a GPU or its weights.
 
-    ./run.sh memory                                          four models, minutes on a CPU: the README's table
+    ./run.sh memory                                          four models, minutes on a CPU: the results page's table
     .venv/bin/python tests/experiments/memory.py --model ID  another one, by its folder or Hub id
 
 The real code runs, common.py's response_logps and its backward pass under bf16 autocast, on tensors that have
@@ -208,7 +208,7 @@ def largest(points: list, card: float, step: int) -> str:
     return f"{fits:,}" if fits else "–"
 
 def memory_table(table: dict | None = None) -> str:
-    """The README's table, from the results."""
+    """The table of the results page."""
     flags = [f"{card}: `--{flag}`" for flag in ("micro_tokens", "gen_batch") for card in CARDS]
     lines = [["", "fixed", "MiB a token", *flags], ["---"] * 7]
     for name, row in (table or json.loads(RESULT.read_text()))["models"].items():
@@ -224,7 +224,7 @@ def memory_table(table: dict | None = None) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", nargs="*", default=[], help="folders or Hub ids; none: the README's table")
+    parser.add_argument("--model", nargs="*", default=[], help="folders or Hub ids; none: the four of the results page")
     args = parser.parse_args(argv)
     both = list(itertools.product(args.model or SHAPES, RANKS))
     models = {name + (f", LoRA {rank}" if rank else ""): measure(config_of(name), rank)
